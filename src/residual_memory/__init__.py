@@ -1,0 +1,76 @@
+"""Give any trained model a memory of what it could not learn.
+
+Run the model once over its training data, store for each example a key, its label and what the model said, and predict
+base + weighted residuals of the nearest memories from then on (ResMem, NeurIPS 2023).
+
+The names below are resolved when they are first used: importing the package imports no framework.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from residual_memory import errors
+from residual_memory._version import __version__
+
+if TYPE_CHECKING:
+    from residual_memory.correction import ResidualKNN, correct, to_probabilities
+    from residual_memory.explanation import Explanation, explain
+    from residual_memory.memory import Memory
+    from residual_memory.models.torch import ResMemModule, build_memory, exportable
+    from residual_memory.residuals import temper, top_m
+    from residual_memory.tuning import Setting, TuningResult, tune
+    from residual_memory.types import Neighbors, Observations, TopM
+
+_ROOMS = {
+    "ResidualKNN": "correction",
+    "correct": "correction",
+    "to_probabilities": "correction",
+    "Explanation": "explanation",
+    "explain": "explanation",
+    "Memory": "memory",
+    "ResMemModule": "models.torch",
+    "build_memory": "models.torch",
+    "exportable": "models.torch",
+    "temper": "residuals",
+    "top_m": "residuals",
+    "Setting": "tuning",
+    "TuningResult": "tuning",
+    "tune": "tuning",
+    "Neighbors": "types",
+    "Observations": "types",
+    "TopM": "types",
+}
+
+__all__ = [
+    "Explanation",
+    "Memory",
+    "Neighbors",
+    "Observations",
+    "ResMemModule",
+    "ResidualKNN",
+    "Setting",
+    "TopM",
+    "TuningResult",
+    "__version__",
+    "build_memory",
+    "correct",
+    "errors",
+    "explain",
+    "exportable",
+    "temper",
+    "to_probabilities",
+    "top_m",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'residual_memory' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"residual_memory.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

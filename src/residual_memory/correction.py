@@ -1,0 +1,379 @@
+"""The method itself: the soft k-nearest-neighbour regressor of residuals, and the corrected prediction."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Shaped
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory.errors import DimensionMismatch, FewerNeighbors, InvalidInput
+from residual_memory.indexes.base import Index, Reject, nearest
+from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.kernels import kernel_named
+from residual_memory.memory import Memory, Snapshot
+from residual_memory.types import Neighbors
+from residual_memory.validation import (
+    SUM_TOLERANCE,
+    as_count,
+    as_fraction,
+    as_ids,
+    as_keys,
+    as_positive,
+    as_values,
+)
+
+TABLE_BYTES = 256 << 20  # residuals of all rows are kept ready while they need no more than this
+GATHER_BYTES = 2 << 20  # residuals gathered at a time
+BANDWIDTH_SAMPLE = 1000
+
+
+@dataclass(frozen=True)
+class Found:
+    """The memories nearest to each query.
+
+    Attributes
+    ----------
+    ids : of the rows; −1 (or "") where there are fewer than k.
+    distances : Euclidean, ascending; +inf where missing.
+    weights : what each contributes; 0 where missing.
+    """
+
+    ids: Shaped[ndarray, "q k"]
+    distances: Float[ndarray, "q k"]
+    weights: Float[ndarray, "q k"]
+
+
+@dataclass(frozen=True)
+class _State:
+    """An index that fits a snapshot, and the residuals of its rows where they are small enough to keep."""
+
+    snapshot: Snapshot
+    parts: tuple[Index, ...]
+    table: Float[ndarray, "n c"] | None
+
+
+class ResidualKNN:
+    """Predicts the base's residual at a key from the residuals of the nearest memories.
+
+    It follows its memory: rows appended or forgotten through the same handle, or seen by its `refresh`, count from the
+    next call on. Calls from several threads are safe.
+
+    Parameters
+    ----------
+    memory : what to search.
+    n_neighbors : k. With fewer rows all of them are used, and a warning says so.
+    bandwidth : sigma, in the unit of the distances; "auto" is the median distance to the k-th neighbour (to the
+        first for the inverse kernel, whose bandwidth is a floor) in a sample of the memory, taken once.
+    kernel : "exponential" (the paper's), "gaussian", "inverse" or "uniform".
+    temperature : T of the stored base predictions; temper the queries' predictions alike.
+    index : "exact", "auto", or a spec such as "faiss:IVF1024,PQ64x4fs?nprobe=16".
+    max_weight : what one row may contribute at most; 1 does not limit it. A cut weight is not given to the others.
+
+    Raises
+    ------
+    InvalidInput : if an option cannot be used.
+    MissingExtra : if the index needs a package that is not installed.
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        n_neighbors: int = 50,
+        bandwidth: float | str = "auto",
+        kernel: str = "exponential",
+        temperature: float = 1.0,
+        index: str = "exact",
+        max_weight: float = 1.0,
+    ) -> None:
+        self.memory = memory
+        self.n_neighbors = as_count("n_neighbors", n_neighbors)
+        self.kernel = kernel
+        self._weigh = kernel_named(kernel)
+        self.temperature = as_positive("temperature", temperature)
+        _check_temperature(memory, self.temperature)
+        self.max_weight = as_fraction("max_weight", max_weight, above_zero=True)
+        self._spec = IndexSpec.parse(index)
+        self._building = threading.Lock()
+        self._state: _State | None = None
+        if isinstance(bandwidth, str):
+            if bandwidth != "auto":
+                raise InvalidInput(f"bandwidth is {bandwidth!r}, expected a number above 0 or 'auto'")
+            self._bandwidth = None
+        else:
+            self._bandwidth = as_positive("bandwidth", bandwidth)
+        if 0 < len(memory) < self.n_neighbors:
+            warnings.warn(
+                f"n_neighbors is {self.n_neighbors}, but the memory holds {len(memory)} rows: all of them are used",
+                FewerNeighbors,
+                stacklevel=2,
+            )
+        self._current()
+
+    @property
+    def bandwidth(self) -> float:
+        """Sigma; where it is "auto", it is measured at the first use with at least two rows."""
+        if self._bandwidth is None:
+            if len(self.memory) < 2:
+                return 1.0
+            self._bandwidth = self._typical_distance()
+        return self._bandwidth
+
+    @property
+    def description(self) -> str:
+        """The engines that search, for people."""
+        return ", ".join(dict.fromkeys(part.description for part in self._current().parts)) or "nothing to search"
+
+    def __call__(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
+        """The expected residual at each key; 0 where no memory contributes.
+
+        Parameters
+        ----------
+        keys : queries [q d], from the layer that the memory was built from.
+        exclude : for each query an id, or (in a memory with groups) a group, whose rows may not be used; it is read as
+            a group where groups are of its type, else as an id.
+
+        Raises
+        ------
+        InvalidInput, DimensionMismatch : if the keys do not fit the memory.
+        """
+        state, found = self._search(keys, self.n_neighbors, exclude)
+        return _weighted_sum(state, found.rows, self._weights(found.distances), self.temperature)
+
+    def neighbors(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Found:
+        """The memories that `__call__` would use, nearest first."""
+        state, found = self._search(keys, self.n_neighbors, exclude)
+        return Found(_ids_of(state.snapshot, found.rows), found.distances, self._weights(found.distances))
+
+    def contributions(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> tuple[Found, Float[ndarray, "q k c"]]:
+        """The neighbours and what each adds to the residual; summed over k it is what `__call__` gives."""
+        state, found = self._search(keys, self.n_neighbors, exclude)
+        weights = self._weights(found.distances)
+        parts = weights[..., None] * _gathered(state, found.rows, self.temperature)
+        return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
+
+    def search(
+        self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None
+    ) -> tuple[Snapshot, Neighbors]:
+        """Rows and distances of any number of neighbours, and the snapshot that the rows belong to."""
+        state, found = self._search(keys, as_count("n_neighbors", n_neighbors), exclude)
+        return state.snapshot, found
+
+    def _search(self, keys: ArrayLike, k: int, exclude: ArrayLike | None) -> tuple[_State, Neighbors]:
+        state = self._current()
+        layout = state.snapshot.layout
+        queries = as_keys(keys, layout.dim, metric=layout.metric)
+        reject = _reject(state.snapshot, exclude, len(queries))
+        tie_ranks = state.snapshot.tie_ranks
+        return state, nearest(state.parts, state.snapshot.keys, queries, k, tie_ranks=tie_ranks, reject=reject)
+
+    def _weights(self, distances: Float[ndarray, "q k"]) -> Float[ndarray, "q k"]:
+        return np.minimum(self._weigh(distances, self.bandwidth), self.max_weight)
+
+    def _current(self) -> _State:
+        """The state for the memory's present snapshot, built or extended where needed."""
+        state, snapshot = self._state, self.memory.snapshot
+        if state is not None and state.snapshot is snapshot:
+            return state
+        with self._building:
+            if self._state is None or self._state.snapshot is not snapshot:
+                self._state = self._built(snapshot, self._state)
+            return self._state
+
+    def _built(self, snapshot: Snapshot, before: _State | None) -> _State:
+        same_rows = before is not None and before.snapshot.generation == snapshot.generation
+        parts = list(before.parts) if before is not None and same_rows else []
+        table = before.table if before is not None and same_rows else None
+        covered = sum(part.n_rows for part in parts)
+        if covered < snapshot.n_rows:
+            # New rows become a part of their own, joined with the last ones while these are no longer: few parts.
+            while parts and parts[-1].n_rows <= snapshot.n_rows - covered:
+                covered -= parts.pop().n_rows
+            parts.append(build_index(self._spec, snapshot.keys, covered, snapshot.n_rows - covered))
+            table = _residual_table(snapshot, self.temperature, table)
+        return _State(snapshot, tuple(parts), table)
+
+    def _typical_distance(self) -> float:
+        snapshot = self.memory.snapshot
+        alive = np.flatnonzero(snapshot.alive)
+        rows = alive[np.unique(np.linspace(0, len(alive) - 1, min(BANDWIDTH_SAMPLE, len(alive))).astype(int))]
+        k = 1 if self.kernel == "inverse" else min(self.n_neighbors, len(alive) - 1)
+        state = self._current()
+        found = nearest(
+            state.parts, snapshot.keys, snapshot.keys.take(rows), k,
+            reject=lambda positions, listed: ~snapshot.alive[listed] | (listed == rows[positions, None]),
+        )  # fmt: skip
+        distances = found.distances[:, -1]
+        typical = float(np.median(distances)) or float(distances.mean())
+        return typical if typical > 0 else 1.0
+
+
+def correct(
+    predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike = 1.0
+) -> Float[ndarray, "q c"]:
+    """The corrected scores: predictions + shrinkage · residual.
+
+    Parameters
+    ----------
+    predictions : base probabilities or values [q c]; classes that only the memory knows count as probability 0.
+    residual : what `ResidualKNN` gives [q c].
+    shrinkage : the part of the residual to trust, one number or one a query; 1 is the paper's, 0 gives the predictions
+        back bit for bit.
+
+    Raises
+    ------
+    DimensionMismatch : if the shapes differ.
+    """
+    base = as_values(predictions, name="predictions")
+    added = as_values(residual, name="residual")
+    base = base.astype(np.float32) if base.dtype == np.float16 else base
+    amount = as_values(np.atleast_1d(np.asarray(shrinkage, float)), name="shrinkage")
+    if amount.min(initial=0) < 0:
+        raise InvalidInput(f"shrinkage holds {amount.min():g}, expected numbers from 0")
+    if base.shape[1] < added.shape[1] and np.abs(base.sum(1) - 1).max(initial=0) <= SUM_TOLERANCE:
+        base = np.pad(base, ((0, 0), (0, added.shape[1] - base.shape[1])))
+    if base.shape != added.shape or len(amount) not in (1, len(base)):
+        raise DimensionMismatch(
+            f"predictions {base.shape}, residual {added.shape} and shrinkage {np.shape(shrinkage)} do not fit each other"
+        )
+    scores = base + (amount * added).astype(base.dtype)
+    return scores[:, 0] if np.ndim(predictions) == 1 else scores
+
+
+def to_probabilities(
+    scores: ArrayLike, base: ArrayLike | None = None, *, floor: float = 0.1
+) -> Float[ndarray, "q c"]:
+    """Valid distributions from corrected scores, which sum to 1 but may be negative.
+
+    Parameters
+    ----------
+    scores : what `correct` gives [q c].
+    base : the predictions that were corrected [q c]. With them no class falls below `floor` times what the base gave
+        it, so every probability is positive and log-loss is finite. Without them the scores are projected onto the
+        simplex, which keeps their order but may give zeros: for ranking.
+    floor : the part of a base probability that no correction can take away.
+
+    References
+    ----------
+    Projection: Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions", ICML 2008.
+    """
+    values = as_values(scores, name="scores")
+    if base is None:
+        return _projected(values)
+    as_fraction("floor", floor, above_zero=True)
+    given = as_values(base, name="base")
+    if given.shape[1] < values.shape[1]:
+        given = np.pad(given, ((0, 0), (0, values.shape[1] - given.shape[1])))
+    if given.shape != values.shape:
+        raise DimensionMismatch(f"base has shape {given.shape}, scores have {values.shape}")
+    smallest = np.finfo(values.dtype).tiny ** 0.5
+    positive = np.maximum(values, floor * np.maximum(given, smallest))
+    return positive / positive.sum(axis=1, keepdims=True)
+
+
+def _projected(scores: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
+    """The nearest point of the simplex."""
+    descending = np.sort(scores, axis=1)[:, ::-1]
+    excess = np.cumsum(descending, axis=1) - 1
+    counts = np.arange(1, scores.shape[1] + 1)
+    kept = (descending * counts > excess).sum(axis=1)
+    threshold = np.take_along_axis(excess, kept[:, None] - 1, axis=1) / kept[:, None]
+    return np.maximum(scores - threshold, 0)
+
+
+def _weighted_sum(
+    state: _State, rows: Int64[ndarray, "q k"], weights: Float[ndarray, "q k"], temperature: float
+) -> Float[ndarray, "q c"]:
+    """Σ w r over the neighbours: the third seam."""
+    n_outputs = state.snapshot.layout.n_outputs
+    dtype = _computing_dtype(state.snapshot)
+    total = np.zeros((len(rows), n_outputs), dtype)
+    weights = weights.astype(dtype)
+    for piece in _pieces(len(rows), rows.shape[1] * n_outputs * total.itemsize):
+        np.matmul(weights[piece, None, :], _gathered(state, rows[piece], temperature), out=total[piece, None, :])
+    return total
+
+
+def _gathered(state: _State, rows: Int64[ndarray, "q k"], temperature: float) -> Float[ndarray, "q k c"]:
+    """The residual of every neighbour; what stands for a missing one has no meaning, its weight is 0."""
+    snapshot = state.snapshot
+    shape = (*rows.shape, snapshot.layout.n_outputs)
+    if not snapshot.n_rows:
+        return np.zeros(shape, _computing_dtype(snapshot))
+    present = np.maximum(rows, 0)
+    if state.table is not None:
+        return np.take(state.table, present, axis=0)
+    return snapshot.residuals(present.ravel(), temperature).reshape(shape)
+
+
+def _computing_dtype(snapshot: Snapshot) -> type[np.floating]:
+    return np.float64 if snapshot.layout.prediction_dtype == "float64" else np.float32
+
+
+def _pieces(n: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, GATHER_BYTES // max(1, row_bytes))
+    return (slice(start, start + step) for start in range(0, n, step))
+
+
+def _residual_table(
+    snapshot: Snapshot, temperature: float, before: Float[ndarray, "m c"] | None
+) -> Float[ndarray, "n c"] | None:
+    """The residuals of all rows, going on from those of the first m; None if they would take too much room."""
+    itemsize = np.dtype(_computing_dtype(snapshot)).itemsize
+    if snapshot.n_rows * snapshot.layout.n_outputs * itemsize > TABLE_BYTES:
+        return None
+    known = 0 if before is None else len(before)
+    fresh = snapshot.residuals(np.arange(known, snapshot.n_rows), temperature)
+    return fresh if before is None else np.concatenate([before, fresh])
+
+
+def _reject(snapshot: Snapshot, exclude: ArrayLike | None, n_queries: int) -> Reject | None:
+    """Which rows a query may not use: forgotten ones, and those that it excludes."""
+    alive = snapshot.alive if len(snapshot.forgotten) else None
+    if exclude is None:
+        return None if alive is None else lambda _, rows: ~alive[rows]
+    excluded = as_ids(np.atleast_1d(np.asarray(exclude)), n_queries, name="exclude")
+    names = _names_for(snapshot, excluded)
+
+    def reject(positions: Int64[ndarray, " m"], rows: Int64[ndarray, "m s"]) -> Bool[ndarray, "m s"]:
+        rejected = names[rows] == excluded[positions, None]
+        return rejected if alive is None else rejected | ~alive[rows]
+
+    return reject
+
+
+def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, " q"]) -> Shaped[ndarray, " n"]:
+    """The groups or the ids of all rows, whichever the excluded names can be."""
+    for names in (snapshot.all_groups, snapshot.all_ids):
+        if names is not None and (names.dtype.kind == excluded.dtype.kind or not len(names)):
+            return names
+    kinds = {"U": "strings", "i": "integers"}
+    raise InvalidInput(f"exclude holds {kinds[excluded.dtype.kind]}, but the memory's ids and groups are of another type")
+
+
+def _ids_of(snapshot: Snapshot, rows: Int64[ndarray, "q k"]) -> Shaped[ndarray, "q k"]:
+    ids = snapshot.all_ids
+    missing = "" if ids.dtype.kind == "U" else -1
+    if not len(ids):
+        return np.full(rows.shape, missing, ids.dtype)
+    return np.where(rows >= 0, ids[rows], np.asarray(missing, ids.dtype))
+
+
+def _check_temperature(memory: Memory, temperature: float) -> None:
+    layout = memory.layout
+    if temperature == 1.0:
+        return
+    if layout.task == "regression":
+        raise InvalidInput(f"temperature is {temperature:g}, but a regression memory has none: use 1")
+    if layout.residuals == "top-m":
+        raise InvalidInput(
+            f"temperature is {temperature:g}, but top-m rows are right for the temperature of their build, 1, alone"
+        )

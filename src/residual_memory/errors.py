@@ -1,0 +1,98 @@
+"""Every error and warning of the library, on one page.
+
+    ResidualMemoryError
+    ├── InvalidInput (ValueError)        an argument that cannot be used: what was found, what was expected
+    │   ├── DimensionMismatch            keys or predictions of another width than the memory's
+    │   ├── DuplicateId                  an id given twice, or already held
+    │   ├── UnknownId                    an id that the memory does not hold
+    │   └── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
+    ├── MissingExtra (ImportError)       an optional package is not installed; the message says which
+    ├── MemoryNotFound (FileNotFoundError)
+    ├── DataNotFound (FileNotFoundError)
+    ├── CorruptFile                      bytes on disk are not those that were written
+    ├── UnsupportedFormat                written by a newer version of the library
+    ├── MemoryLocked                     another process is writing
+    ├── ReadOnlyMemory                   a change was asked of a read-only handle
+    └── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
+
+    ResidualMemoryWarning (UserWarning)
+    ├── FewerNeighbors                   more neighbours were asked for than there are rows
+    └── InSampleResiduals                the base knows its training data too well for residuals to mean much
+"""
+
+
+class ResidualMemoryError(Exception):
+    """Root of all errors that the library raises on purpose."""
+
+
+class InvalidInput(ResidualMemoryError, ValueError):
+    """An argument that cannot be used; state is as it was."""
+
+
+class DimensionMismatch(InvalidInput):
+    """Keys or predictions have another width than the memory's."""
+
+
+class DuplicateId(InvalidInput):
+    """An id was given twice, or the memory already holds it."""
+
+
+class UnknownId(InvalidInput):
+    """An id that the memory does not hold."""
+
+
+class FingerprintMismatch(InvalidInput):
+    """The memory was built with another model, layer or preprocessing."""
+
+
+class MissingExtra(ResidualMemoryError, ImportError):
+    """An optional package is needed; the message says how to install it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an extra: pip install 'residual-memory[{extra}]'")
+
+
+class MemoryNotFound(ResidualMemoryError, FileNotFoundError):
+    """There is no memory at the path."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DataNotFound(ResidualMemoryError, FileNotFoundError):
+    """A data set is not on this machine and cannot be fetched."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CorruptFile(ResidualMemoryError):
+    """Bytes on disk are not those that were written."""
+
+
+class UnsupportedFormat(ResidualMemoryError):
+    """The file was written by a newer version of the library."""
+
+
+class MemoryLocked(ResidualMemoryError):
+    """Another process is writing to the memory."""
+
+
+class ReadOnlyMemory(ResidualMemoryError):
+    """A change was asked of a read-only or closed handle."""
+
+
+class StorageFailure(ResidualMemoryError, OSError):
+    """The disk refused; the memory is as it was before the call."""
+
+
+class ResidualMemoryWarning(UserWarning):
+    """Root of all warnings of the library."""
+
+
+class FewerNeighbors(ResidualMemoryWarning):
+    """More neighbours were asked for than the memory has rows."""
+
+
+class InSampleResiduals(ResidualMemoryWarning):
+    """The base fits its training data far better than other data, so in-sample residuals say little."""

@@ -1,0 +1,183 @@
+"""What an index is, and the one search that every engine goes through.
+
+An engine proposes a shortlist; the search re-scores it pair by pair in float64 from the stored keys, orders it by
+(distance, id) and, where the engine can promise it, proves that nothing nearer was left out. So an answer depends
+neither on the engine's arithmetic, nor on blocks, parts or the order of the rows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Shaped
+from numpy import ndarray
+
+from residual_memory.types import Neighbors
+
+SCRATCH_BYTES = 1 << 20  # gathered keys that are scored at a time: stays in a core's cache
+WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a time
+
+Reject = Callable[[Int64[ndarray, " m"], Int64[ndarray, "m s"]], Bool[ndarray, "m s"]]
+
+
+@runtime_checkable
+class KeySource(Protocol):
+    """Keys in rows, in RAM or on disk: what an index is built from and re-scored with."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "... d"]: ...
+
+    def blocks(self, size: int, first: int = 0) -> Iterator[Shaped[ndarray, "b d"]]: ...
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A shortlist for each query.
+
+    Attributes
+    ----------
+    rows : in any order; −1 where there are no more.
+    bounds : squared distance below which no row was left out, +inf where all rows are listed; None for an engine that
+        promises nothing.
+    """
+
+    rows: Int64[ndarray, "q s"]
+    bounds: Float[ndarray, " q"] | None
+
+
+class Index(ABC):
+    """An engine over rows `first` … `first + n_rows − 1` of a key source; immutable once built.
+
+    A new engine implements `candidates` in a file of its own and a line in `indexes.registry`; the battery in
+    ``tests/contracts/index_contract.py`` says whether it is right.
+    """
+
+    first: int
+    n_rows: int
+
+    @abstractmethod
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+        """At least `n_neighbors` likely rows for each query (all rows where there are fewer)."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Engine and options, for people."""
+
+
+def nearest(
+    parts: Sequence[Index],
+    keys: KeySource,
+    queries: Float[ndarray, "q d"],
+    n_neighbors: int,
+    *,
+    tie_ranks: Int64[ndarray, " n"] | None = None,
+    reject: Reject | None = None,
+) -> Neighbors:
+    """The nearest rows over all parts, in Euclidean distance, ties by rank.
+
+    Parameters
+    ----------
+    parts : indexes over disjoint ranges of rows that cover all of `keys`.
+    keys : what the shortlists are re-scored with.
+    tie_ranks : order of rows at the same distance; None is row order.
+    reject : called with query positions and their candidate rows; True where a row may not be used.
+
+    Returns
+    -------
+    Neighbors, ascending, padded with −1 and +inf where there are fewer than `n_neighbors` usable rows.
+    """
+    found = Neighbors(
+        np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64)
+    )
+    n_rows = len(keys)
+    pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
+    while len(pending) and n_rows:
+        wanted = min(wanted, n_rows)
+        unsettled = []
+        for block in np.array_split(pending, -(-len(pending) * wanted * len(parts) // WIDEST_BLOCK)):
+            some = queries[block]
+            listed = _merged([part.candidates(some, wanted) for part in parts])
+            ranked = _rescored(keys, some, block, listed.rows, tie_ranks, reject)
+            k = min(n_neighbors, ranked.rows.shape[1])
+            found.distances[block, :k] = ranked.distances[:, :k]
+            found.rows[block, :k] = ranked.rows[:, :k]
+            unsettled.append(block[~_settled(listed, found.distances[block], wanted >= n_rows)])
+        pending, wanted = np.concatenate(unsettled), wanted * 4
+    return found
+
+
+def pair_distances(
+    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
+) -> Float[ndarray, "q s"]:
+    """Euclidean distances between each query and its rows, in float64; +inf where a row is −1."""
+    distances = np.empty(rows.shape)
+    step = max(1, SCRATCH_BYTES // max(1, rows.shape[1] * keys.width * 8))
+    for start in range(0, len(queries), step):
+        piece = slice(start, start + step)
+        differences = keys.take(np.maximum(rows[piece], 0)).astype(np.float64)
+        differences -= queries[piece, None, :]
+        distances[piece] = np.einsum("qsd,qsd->qs", differences, differences)
+    np.sqrt(distances, out=distances)
+    distances[rows < 0] = np.inf
+    return distances
+
+
+def _rescored(
+    keys: KeySource,
+    queries: Float[ndarray, "m d"],
+    positions: Int64[ndarray, " m"],
+    rows: Int64[ndarray, "m s"],
+    tie_ranks: Int64[ndarray, " n"] | None,
+    reject: Reject | None,
+) -> Neighbors:
+    distances = pair_distances(keys, queries, rows)
+    if reject is not None:
+        distances[reject(positions, rows) & (rows >= 0)] = np.inf
+    order = np.argsort(distances, axis=1)
+    distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+    rows[~np.isfinite(distances)] = -1
+    tied = np.flatnonzero(((distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1))
+    if len(tied):
+        ranks = rows[tied] if tie_ranks is None else tie_ranks[rows[tied]]
+        order = np.lexsort((ranks, distances[tied]), axis=1)
+        rows[tied] = np.take_along_axis(rows[tied], order, 1)
+    return Neighbors(distances, rows)
+
+
+def _settled(listed: Candidates, distances: Float[ndarray, "m k"], everything: bool) -> Bool[ndarray, " m"]:
+    """For which queries no wider shortlist can change the answer."""
+    if everything:
+        return np.ones(len(distances), bool)
+    if listed.bounds is not None:
+        return distances[:, -1] ** 2 < listed.bounds
+    return np.isfinite(distances[:, -1]) | (listed.rows < 0).any(axis=1)
+
+
+def _merged(listed: Sequence[Candidates]) -> Candidates:
+    if len(listed) == 1:
+        return listed[0]
+    promised = [part.bounds for part in listed if part.bounds is not None]
+    rows = np.concatenate([part.rows for part in listed], axis=1)
+    return Candidates(rows, np.min(promised, axis=0) if len(promised) == len(listed) else None)
+
+
+def squared_error(dim: int, scale: Any) -> Any:
+    """How far a squared distance computed in float32 by inner products may be from the true one.
+
+    Parameters
+    ----------
+    scale : (‖query‖ + largest ‖key‖)², of the centred vectors.
+
+    References
+    ----------
+    Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019: rounding errors of a sum of d
+    terms grow as sqrt(d) unless they conspire; 4 deviations and some slack for the subtraction of the centre.
+    """
+    return (4 * np.sqrt(dim) + 16) * np.finfo(np.float32).eps * scale

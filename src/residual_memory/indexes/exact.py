@@ -1,0 +1,173 @@
+"""Exact search: faiss where it is installed, torch on any device, numpy otherwise. All give the same answer."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+from numpy import ndarray
+
+from residual_memory.indexes.base import Candidates, Index, KeySource, squared_error
+
+KEYS_PER_BLOCK = 1 << 16
+QUERIES_PER_BLOCK = 1 << 8
+
+
+class _Centred:
+    """Keys moved to their centre, where float32 inner products lose the least, and the bound on what they lose."""
+
+    def __init__(self, keys: KeySource, first: int, n_rows: int) -> None:
+        self._keys, self._first, self._n_rows = keys, first, n_rows
+        sample = next(keys.blocks(4096, first), np.zeros((0, keys.width)))
+        self.centre = sample.mean(axis=0, dtype=np.float64) if len(sample) else np.zeros(keys.width)
+        self._largest = 0.0
+
+    def blocks(self) -> Any:
+        """Centred float32 blocks, in order; the largest norm is known once all were read."""
+        left = self._n_rows
+        for block in self._keys.blocks(KEYS_PER_BLOCK, self._first):
+            centred = (block[:left] - self.centre).astype(np.float32)
+            left -= len(centred)
+            if len(centred):
+                self._largest = max(self._largest, float(np.sqrt((centred.astype(np.float64) ** 2).sum(1).max())))
+                yield centred
+            if left <= 0:
+                return
+
+    def queries(self, queries: Float[ndarray, "q d"]) -> Float[ndarray, "q d"]:
+        return (queries - self.centre).astype(np.float32)
+
+    def slack(self, centred: Float[ndarray, "q d"]) -> Float[ndarray, " q"]:
+        """Possible error of each query's squared distances."""
+        norms = np.sqrt(np.einsum("qd,qd->q", centred, centred, dtype=np.float64))
+        return squared_error(centred.shape[1], (norms + self._largest) ** 2)
+
+
+def _promise(
+    rows: ndarray, squared: ndarray, slack: Float[ndarray, " q"], n_rows: int, first: int
+) -> Candidates:
+    """Candidates of a float32 search: the last distance listed, less the rounding, bounds all that is left out."""
+    complete = rows.shape[1] >= n_rows
+    bounds = np.full(len(rows), np.inf) if complete else squared.max(axis=1).astype(np.float64) - slack
+    return Candidates(np.where(rows >= 0, rows + first, -1), bounds)
+
+
+class ExactFaiss(Index):
+    """All distances by faiss's Flat index; it holds a float32 copy of the keys in RAM."""
+
+    def __init__(self, keys: KeySource, first: int, n_rows: int) -> None:
+        import faiss
+
+        self.first, self.n_rows = first, n_rows
+        self._centred = _Centred(keys, first, n_rows)
+        self._flat = faiss.IndexFlatL2(keys.width)
+        for block in self._centred.blocks():
+            self._flat.add(block)
+
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+        centred = self._centred.queries(queries)
+        squared, rows = self._flat.search(centred, min(n_neighbors, self.n_rows))
+        return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
+
+    @property
+    def description(self) -> str:
+        return "exact (faiss Flat)"
+
+
+class ExactTorch(Index):
+    """All distances by blocked matrix products on a torch device; the keys live there in float32."""
+
+    def __init__(self, keys: KeySource, first: int, n_rows: int, device: str = "cpu") -> None:
+        import torch
+
+        self.first, self.n_rows = first, n_rows
+        self._device = torch.device(device)
+        self._centred = _Centred(keys, first, n_rows)
+        self._blocks = [torch.from_numpy(block).to(self._device) for block in self._centred.blocks()]
+        self._norms = [block.square().sum(1) for block in self._blocks]
+
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+        import torch
+
+        centred = self._centred.queries(queries)
+        k = min(n_neighbors, self.n_rows)
+        answers = []
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+            for some in torch.from_numpy(centred).to(self._device).split(QUERIES_PER_BLOCK):
+                answers.append(self._nearest(some, k))
+        rows = np.concatenate([rows.cpu().numpy() for _, rows in answers]) if answers else np.zeros((0, k), np.int64)
+        squared = np.concatenate([s.cpu().numpy() for s, _ in answers]) if answers else np.zeros((0, k), np.float32)
+        slack = self._centred.slack(centred) * _matmul_coarseness()
+        return _promise(rows, squared, slack, self.n_rows, self.first)
+
+    def _nearest(self, queries: Any, k: int) -> tuple[Any, Any]:
+        """The k nearest rows of one block of queries, merged over the blocks of keys."""
+        import torch
+
+        norms = queries.square().sum(1, keepdim=True)
+        best = rows = None
+        start = 0
+        for block, block_norms in zip(self._blocks, self._norms, strict=True):
+            squared = torch.addmm(block_norms, queries, block.T, alpha=-2.0)
+            values, places = squared.topk(min(k, len(block)), dim=1, largest=False, sorted=False)
+            places += start
+            start += len(block)
+            if best is not None:
+                values, places = torch.cat([best, values], 1), torch.cat([rows, places], 1)
+                values, chosen = values.topk(min(k, values.shape[1]), dim=1, largest=False, sorted=False)
+                places = places.gather(1, chosen)
+            best, rows = values, places
+        return best + norms, rows
+
+    @property
+    def description(self) -> str:
+        return f"exact (torch on {self._device})"
+
+
+class ExactNumpy(Index):
+    """All distances by blocked matrix products in numpy; keys are read block by block and not copied."""
+
+    def __init__(self, keys: KeySource, first: int, n_rows: int) -> None:
+        self.first, self.n_rows = first, n_rows
+        self._centred = _Centred(keys, first, n_rows)
+        for _ in self._centred.blocks():
+            pass  # the largest norm is learned here
+
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+        centred = self._centred.queries(queries)
+        k = min(n_neighbors, self.n_rows)
+        squared, rows = np.full((len(centred), k), np.inf, np.float32), np.full((len(centred), k), -1, np.int64)
+        start = 0
+        for block in self._centred.blocks():
+            norms = np.einsum("bd,bd->b", block, block)
+            for begin in range(0, len(centred), QUERIES_PER_BLOCK):
+                some = slice(begin, begin + QUERIES_PER_BLOCK)
+                distances = norms - 2 * (centred[some] @ block.T)
+                squared[some], rows[some] = _smallest(squared[some], rows[some], distances, start)
+            start += len(block)
+        squared += np.einsum("qd,qd->q", centred, centred)[:, None]
+        return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
+
+    @property
+    def description(self) -> str:
+        return "exact (numpy)"
+
+
+def _smallest(
+    squared: Float[ndarray, "q k"], rows: Int64[ndarray, "q k"], distances: Float[ndarray, "q b"], start: int
+) -> tuple[Float[ndarray, "q k"], Int64[ndarray, "q k"]]:
+    """The k smallest of those kept so far and of one more block."""
+    k = squared.shape[1]
+    places = np.argpartition(distances, k - 1, axis=1)[:, :k] if k < distances.shape[1] else None
+    if places is None:
+        places = np.broadcast_to(np.arange(distances.shape[1]), distances.shape)
+    squared = np.concatenate([squared, np.take_along_axis(distances, places, 1)], axis=1)
+    rows = np.concatenate([rows, places + start], axis=1)
+    chosen = np.argpartition(squared, k - 1, axis=1)[:, :k]
+    return np.take_along_axis(squared, chosen, 1), np.take_along_axis(rows, chosen, 1)
+
+
+def _matmul_coarseness() -> float:
+    """How much coarser than float32 torch multiplies, where the user allowed it to (TF32 or bfloat16)."""
+    import torch
+
+    return {"highest": 1.0, "high": 2.0**13, "medium": 2.0**16}[torch.get_float32_matmul_precision()]

@@ -1,0 +1,99 @@
+"""Approximate search by faiss: inverted files and product quantisation, re-scored from the memory's own keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from residual_memory.errors import InvalidInput
+from residual_memory.indexes.base import Candidates, Index, KeySource
+
+TRAINING_ROWS_PER_CELL = 64
+ADDED_PER_BLOCK = 1 << 16
+# Quantised codes rank coarsely: measured recall at 2, 4 and 10 times k was 0.775, 0.92 and 0.99.
+QUANTISED_FACTOR, UNQUANTISED_FACTOR = 10.0, 1.0
+
+
+class Faiss(Index):
+    """Any index of faiss's factory.
+
+    Parameters
+    ----------
+    factory : faiss's own spec, for example "IVF1024,PQ64x4fs". A trailing ",RFlat" is accepted and dropped: every
+        shortlist is re-scored from the stored keys anyway, which costs no second copy of them.
+    options : `nprobe`, `efSearch`, … as faiss names them, and `k_factor`: how many times k the shortlist is long.
+
+    References
+    ----------
+    Douze et al., "The Faiss library", 2024.
+    """
+
+    def __init__(
+        self, keys: KeySource, first: int, n_rows: int, *, factory: str, options: Mapping[str, float]
+    ) -> None:
+        self.first, self.n_rows, self._factory = first, n_rows, factory
+        self._index, self._k_factor = empty_index(keys.width, factory, options)
+        if not self._index.is_trained:
+            self._index.train(_sample(keys, first, n_rows, TRAINING_ROWS_PER_CELL * max(_cells(factory), 256)))
+        left = n_rows
+        for block in keys.blocks(ADDED_PER_BLOCK, first):
+            if left > 0:
+                self._index.add(np.ascontiguousarray(block[:left], np.float32))
+            left -= len(block)
+
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+        k = min(int(n_neighbors * self._k_factor), self.n_rows)
+        _, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k)
+        return Candidates(np.where(rows >= 0, rows + self.first, -1), None)
+
+    @property
+    def description(self) -> str:
+        return f"faiss {self._factory}"
+
+
+def required_rows(factory: str) -> int:
+    """Rows below which training such an index makes no sense; fewer are searched exactly."""
+    return max(39 * _cells(factory), 256 if "PQ" in factory else 1)
+
+
+def _cells(factory: str) -> int:
+    for part in factory.split(","):
+        if part.startswith("IVF"):
+            return int("".join(c for c in part[3:].split("_")[0] if c.isdigit()) or 0)
+    return 0
+
+
+def empty_index(dim: int, factory: str, options: Mapping[str, float]) -> tuple[Any, float]:
+    """An untrained faiss index with its query options set, and its k_factor.
+
+    Raises
+    ------
+    InvalidInput : if faiss does not know the factory string or an option.
+    """
+    import faiss
+
+    remaining = dict(options)
+    quantised = "PQ" in factory or "SQ" in factory
+    k_factor = remaining.pop("k_factor", QUANTISED_FACTOR if quantised else UNQUANTISED_FACTOR)
+    if k_factor < 1:
+        raise InvalidInput(f"index option k_factor is {k_factor:g}, expected at least 1")
+    try:
+        index = faiss.index_factory(dim, factory.removesuffix(",RFlat"), faiss.METRIC_L2)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].split(": ", 1)[-1]
+        raise InvalidInput(f"faiss cannot make {factory!r} for keys of dimension {dim}: {reason}") from None
+    if cells := _cells(factory):
+        remaining.setdefault("nprobe", max(1, cells // 32))
+    for name, value in remaining.items():
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except RuntimeError:
+            raise InvalidInput(f"index {factory!r} has no query option {name!r}; k_factor and faiss's own are known") from None
+    return index, k_factor
+
+
+def _sample(keys: KeySource, first: int, n_rows: int, size: int) -> Float[ndarray, "s d"]:
+    rows = first + np.unique(np.linspace(0, n_rows - 1, min(size, n_rows)).astype(np.int64))
+    return np.ascontiguousarray(keys.take(rows), np.float32)

@@ -1,0 +1,135 @@
+"""From a spec string to an index: "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "auto"."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from residual_memory.errors import InvalidInput, MissingExtra
+from residual_memory.indexes.base import Index, KeySource
+
+EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """An engine, what to build, and how to query.
+
+    Attributes
+    ----------
+    engine : "auto", "exact" or "faiss".
+    build : what stands behind the colon: a backend of "exact", a factory string of faiss.
+    options : what stands behind the question mark.
+    """
+
+    engine: str
+    build: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(text: str) -> "IndexSpec":
+        """Read a spec.
+
+        Raises
+        ------
+        InvalidInput : if the engine is unknown, or an option is not name=value.
+        """
+        head, _, query = str(text).partition("?")
+        engine, _, build = head.partition(":")
+        if engine not in ENGINES:
+            close = difflib.get_close_matches(engine, ENGINES, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InvalidInput(f"index is {text!r}, expected to begin with one of {', '.join(ENGINES)}{hint}")
+        pairs = [option.partition("=") for option in query.split("&") if option]
+        if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
+            raise InvalidInput(f"index option {bad[0]!r} in {text!r} is not of the form name=value")
+        return IndexSpec(engine, build, {name: value for name, _, value in pairs})
+
+
+def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+    """Build the index that a spec names over some rows.
+
+    Raises
+    ------
+    InvalidInput : if the engine does not know the build string or an option.
+    MissingExtra : if the engine is not installed.
+    """
+    return ENGINES[spec.engine](spec, keys, first, n_rows)
+
+
+def _auto(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+    if n_rows <= EXACT_UP_TO or not _installed("faiss"):
+        return _exact(IndexSpec("exact", spec.build, spec.options), keys, first, n_rows)
+    cells = 1 << max(10, (4 * int(n_rows**0.5)).bit_length() - 1)
+    codes = next((m for m in range(keys.width // 2, 1, -1) if keys.width % m == 0), 1)
+    return _faiss(IndexSpec("faiss", f"IVF{cells},PQ{codes}x4fs", spec.options), keys, first, n_rows)
+
+
+def _exact(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+    from residual_memory.indexes import exact
+
+    backend = spec.build or _best_exact()
+    allowed = {"device"} if backend == "torch" else set()
+    if unknown := set(spec.options) - allowed:
+        raise InvalidInput(f"exact search by {backend} has no option {min(unknown)!r}")
+    if backend == "faiss":
+        _require("faiss", "faiss")
+        return exact.ExactFaiss(keys, first, n_rows)
+    if backend == "torch":
+        _require("torch", "torch")
+        return exact.ExactTorch(keys, first, n_rows, spec.options.get("device", _torch_device()))
+    if backend == "numpy":
+        return exact.ExactNumpy(keys, first, n_rows)
+    raise InvalidInput(f"exact search by {backend!r} is not known, expected faiss, torch or numpy")
+
+
+def _faiss(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+    _require("faiss", "faiss")
+    from residual_memory.indexes.faiss import Faiss, empty_index, required_rows
+
+    if not spec.build:
+        raise InvalidInput("index 'faiss' needs a factory string, for example 'faiss:IVF1024,PQ64x4fs'")
+    options = {name: _number(name, value) for name, value in spec.options.items()}
+    if n_rows < required_rows(spec.build):
+        empty_index(keys.width, spec.build, options)  # a mistyped spec is refused now, not when the memory has grown
+        return _exact(IndexSpec("exact"), keys, first, n_rows)
+    return Faiss(keys, first, n_rows, factory=spec.build, options=options)
+
+
+ENGINES: dict[str, Callable[[IndexSpec, KeySource, int, int], Index]] = {
+    "auto": _auto,
+    "exact": _exact,
+    "faiss": _faiss,
+}
+
+
+def _best_exact() -> str:
+    """A GPU that torch already uses, else faiss, else torch, else numpy."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return "torch"
+    return next((name for name in ("faiss", "torch") if _installed(name)), "numpy")
+
+
+def _torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _require(module: str, extra: str) -> None:
+    if not _installed(module):
+        raise MissingExtra(f"index engine {module!r}", extra)
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise InvalidInput(f"index option {name}={value!r} is not a number") from None

@@ -1,0 +1,617 @@
+"""The durable store of what a model said of its training data."""
+
+import datetime
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory._version import __version__
+from residual_memory.errors import (
+    CorruptFile,
+    DimensionMismatch,
+    DuplicateId,
+    InvalidInput,
+    MemoryNotFound,
+    ReadOnlyMemory,
+    ResidualMemoryError,
+    StorageFailure,
+    UnknownId,
+)
+from residual_memory.memory.format import (
+    MANIFEST,
+    MAX_MANIFEST,
+    Layout,
+    Manifest,
+    Segment,
+    decoded_strings,
+    encoded_strings,
+    open_segment,
+    segment_length_and_pieces,
+)
+from residual_memory.memory.snapshot import Snapshot, Table
+from residual_memory.memory.storage import PART, Directory, FileRecord
+from residual_memory.types import Metric, Task, TopM
+from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions
+
+SEGMENT_BYTES = 64 << 20  # compaction and builders write segments of about this size
+MERGE_BYTES = 32 << 20  # small appends are merged up to this size, so that a memory has few files
+_PREFIXES = ("rows-", "gone-")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file of a memory."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    ok : nothing is wrong.
+    problems : file and place of each damage.
+    n_files, n_bytes : what was read.
+    """
+
+    problems: tuple[Problem, ...]
+    n_files: int
+    n_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+class Memory:
+    """Keys, labels and base predictions of examples: in RAM, or as a directory that survives crashes.
+
+    Use `Memory.create` for a new one and `Memory.open` for an existing one; both are context managers. Queries from
+    several threads are safe. On disk there is one writer at a time; read-only handles pin the version that they opened
+    until `refresh`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> memory = Memory.create(dim=2, n_outputs=2)
+    >>> memory.append([[0.0, 0.0], [1.0, 1.0]], [0, 1], [[0.9, 0.1], [0.8, 0.2]])
+    array([0, 1])
+    >>> memory.forget([0])
+    >>> len(memory), memory.ids
+    (1, array([1]))
+    """
+
+    def __init__(self, directory: Directory | None, snapshot: Snapshot, *, writable: bool) -> None:
+        self._directory = directory
+        self._snapshot = snapshot
+        self._writable = writable
+        self._changing = threading.RLock()
+
+    # ------------------------------------------------------------------ making and opening
+
+    @staticmethod
+    def create(
+        path: str | os.PathLike[str] | None = None,
+        *,
+        dim: int,
+        n_outputs: int,
+        task: Task = "classification",
+        metric: Metric = "euclidean",
+        residuals: Literal["dense", "top-m"] = "dense",
+        class_names: Sequence[str] | None = None,
+        key_dtype: str = "float32",
+        prediction_dtype: str = "float32",
+        source: Mapping[str, Any] | None = None,
+    ) -> "Memory":
+        """Make an empty memory and open it for writing.
+
+        Parameters
+        ----------
+        path : a new or empty directory; None keeps the memory in RAM.
+        dim : numbers in a key.
+        n_outputs : classes (may exceed the model's, to leave room for classes that the base never saw), or targets.
+        task : "classification" or "regression".
+        metric : "euclidean", or "cosine": keys and queries are scaled to length 1 first.
+        residuals : "dense" stores whole base predictions, "top-m" takes `TopM` predictions.
+        class_names : one for each class, for reports.
+        key_dtype, prediction_dtype : "float16", "float32" or "float64", of what is stored.
+        source : where the rows come from (model fingerprint, layer, data), as JSON values; kept and compared.
+
+        Raises
+        ------
+        InvalidInput : if an option is not one of those, or the path already holds a memory or other files.
+        MemoryLocked : if another process is making it right now.
+        """
+        layout = Layout(
+            as_count("dim", dim), as_count("n_outputs", n_outputs), task, metric, residuals, key_dtype, prediction_dtype
+        )
+        _check_options(layout)
+        names = None if class_names is None else tuple(str(name) for name in class_names)
+        if names is not None and len(names) != n_outputs:
+            raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        manifest = Manifest(layout, __version__, class_names=names, source=source, created=created)
+        snapshot = Snapshot(manifest, (), np.zeros(0, np.int64))
+        if path is None:
+            return Memory(None, snapshot, writable=True)
+        directory = Directory(path)
+        if directory.path.exists() and (not directory.path.is_dir() or set(directory.names()) - {"lock", MANIFEST + PART}):
+            raise InvalidInput(f"{path} already exists and is not empty; open it with Memory.open, or name another path")
+        directory.make()
+        directory.lock()
+        try:
+            directory.replace(MANIFEST, manifest.to_bytes())
+        except BaseException:
+            directory.unlock()
+            raise
+        return Memory(directory, snapshot, writable=True)
+
+    @staticmethod
+    def open(path: str | os.PathLike[str], *, writable: bool = False, verify: bool = False) -> "Memory":
+        """Open a memory on disk.
+
+        Parameters
+        ----------
+        path : its directory.
+        writable : become its one writer; False gives a read-only view of the newest version.
+        verify : check every byte against the manifest before anything is read.
+
+        Raises
+        ------
+        MemoryNotFound : if there is none.
+        MemoryLocked : if `writable` and another process is writing.
+        CorruptFile : if a file is missing, cut or changed.
+        UnsupportedFormat : if a newer version of the library wrote it.
+        """
+        directory = Directory(path)
+        if not (directory.path / MANIFEST).exists():
+            raise MemoryNotFound(f"there is no memory at {path}: it has no {MANIFEST}")
+        if writable:
+            directory.lock()
+        try:
+            snapshot = _read_snapshot(directory, None)
+            if verify and (problems := _damage(directory, snapshot.manifest)):
+                raise CorruptFile(f"{path} is damaged: {'; '.join(map(str, problems))}")
+            if writable:
+                _sweep(directory, snapshot.manifest)
+        except BaseException:
+            directory.unlock()
+            raise
+        return Memory(directory, snapshot, writable=writable)
+
+    # ------------------------------------------------------------------ what it holds
+
+    def __len__(self) -> int:
+        return len(self._snapshot)
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "in RAM" if self.path is None else f"at {self.path}"
+        layout = self.layout
+        return f"<Memory {where}: {len(self):,} rows, dim {layout.dim}, {layout.n_outputs} outputs, {layout.task}>"
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory; None in RAM."""
+        return self._directory.path if self._directory else None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The rows of the version that this handle sees now; stays as it is when the memory changes."""
+        return self._snapshot
+
+    @property
+    def layout(self) -> Layout:
+        """What every row holds."""
+        return self._snapshot.layout
+
+    @property
+    def ids(self) -> Shaped[ndarray, " n"]:
+        """Ids of the rows, in the order in which they came."""
+        return self._snapshot.ids.copy()
+
+    @property
+    def version(self) -> int:
+        """Counts the changes that were committed."""
+        return self._snapshot.version
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes' names, where they were given."""
+        return self._snapshot.manifest.class_names
+
+    @property
+    def source(self) -> Mapping[str, Any] | None:
+        """Where the rows come from, as given to `create`."""
+        return self._snapshot.manifest.source
+
+    @property
+    def setting(self) -> Mapping[str, Any] | None:
+        """The setting that tuning chose, as given to `save_setting`."""
+        return self._snapshot.manifest.setting
+
+    @property
+    def n_forgotten(self) -> int:
+        """Rows that are masked but not yet erased; `compact` erases them."""
+        return len(self._snapshot.forgotten)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the segment files; in RAM, of the arrays."""
+        if self._directory:
+            return sum(record.length for record in self._snapshot.manifest.files())
+        return sum(column.nbytes for table in self._snapshot.tables for column in table.values())
+
+    # ------------------------------------------------------------------ changes
+
+    def append(
+        self,
+        keys: ArrayLike,
+        labels: ArrayLike,
+        predictions: "ArrayLike | TopM",
+        ids: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Shaped[ndarray, " b"]:
+        """Add rows; they are durable when the call returns.
+
+        Parameters
+        ----------
+        keys : [b d].
+        labels : class indices [b], or target values [b] or [b c].
+        predictions : base probabilities at temperature 1 [b c] (fewer classes than the memory's are filled up with
+            probability 0), base values [b] or [b c], or `TopM` for a memory of top-m residuals.
+        ids : int64 ≥ 0 or strings [b], one kind a memory; None gives ids that were never given before.
+        groups : int64 or strings [b], for example documents; all rows of a memory have one, or none has.
+
+        Returns
+        -------
+        The ids of the new rows.
+
+        Raises
+        ------
+        InvalidInput, DimensionMismatch, DuplicateId : if an argument does not fit; nothing is added.
+        StorageFailure : if the disk refuses; nothing is added.
+        """
+        with self._changing:
+            self._require_writable()
+            table, top_m = self._validated(keys, labels, predictions)
+            n = len(table["keys"])
+            manifest = self._snapshot.manifest
+            new_ids = self._new_ids(ids, n)
+            id_kind = _kind(new_ids)
+            group_kind = self._check_groups(groups, n)
+            if n == 0:
+                return new_ids
+            table["ids"] = new_ids
+            if groups is not None:
+                table["groups"] = as_ids(groups, n, name="groups")
+            next_id = max(manifest.next_id, int(new_ids.max()) + 1) if id_kind == "integer" else manifest.next_id
+            kept, merged = self._merge_small(table)
+            self._commit_rows(
+                kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m
+            )
+            return new_ids.copy()
+
+    def forget(self, ids: ArrayLike) -> None:
+        """Mask rows at once, durably; `compact` then erases them from disk.
+
+        The base model was trained on the rows and still remembers what it learned of them.
+
+        Raises
+        ------
+        UnknownId : if the memory does not hold one of the ids; nothing is forgotten.
+        """
+        with self._changing:
+            self._require_writable()
+            wanted = np.unique(as_ids(np.atleast_1d(np.asarray(ids))))
+            if not len(wanted):
+                return
+            rows = self._snapshot.rows_of(wanted)
+            if (rows < 0).any():
+                unknown = wanted[rows < 0]
+                shown = ", ".join(map(repr, unknown[:5].tolist()))
+                raise UnknownId(f"the memory does not hold {len(unknown):,} of the {len(wanted):,} ids, for example {shown}")
+            gone = np.sort(np.concatenate([self._snapshot.forgotten, rows]))
+            self._commit_forgotten(gone)
+
+    def compact(self) -> None:
+        """Rewrite the memory without its forgotten rows and in few segments; the old files are removed."""
+        with self._changing:
+            self._require_writable()
+            snapshot = self._snapshot
+            if not len(snapshot.forgotten) and len(snapshot.tables) <= 1:
+                return
+            self._commit_rows((), _live_tables(snapshot), generation=snapshot.generation + 1, forgotten=None)
+
+    def save_setting(self, setting: Mapping[str, Any]) -> None:
+        """Keep a tuned setting with the memory, so that whoever opens it predicts with it."""
+        with self._changing:
+            self._require_writable()
+            manifest = self._snapshot.manifest.with_changes(setting=dict(setting))
+            self._commit(manifest, self._snapshot.tables, self._snapshot.forgotten)
+
+    def refresh(self) -> bool:
+        """See the newest version; True if it is another one than before."""
+        if self._directory is None or self._writable:
+            return False
+        with self._changing:
+            snapshot = _read_snapshot(self._directory, self._snapshot)
+            changed = snapshot.version != self._snapshot.version
+            self._snapshot = snapshot
+            return changed
+
+    def verify(self) -> VerifyReport:
+        """Compare every byte on disk with what was written; a memory in RAM is always whole."""
+        if self._directory is None:
+            return VerifyReport((), 0, 0)
+        return verify(self._directory.path)
+
+    def close(self) -> None:
+        """Let another process write; the rows stay readable through this handle."""
+        with self._changing:
+            if self._directory:
+                self._directory.unlock()
+                self._writable = False
+
+    # ------------------------------------------------------------------ inside
+
+    def _require_writable(self) -> None:
+        if not self._writable:
+            raise ReadOnlyMemory(f"{self.path} is open read-only, or closed; use Memory.open(path, writable=True)")
+
+    def _validated(
+        self, keys: ArrayLike, labels: ArrayLike, predictions: "ArrayLike | TopM"
+    ) -> tuple[dict[str, ndarray], int | None]:
+        layout = self.layout
+        if isinstance(predictions, TopM) != (layout.residuals == "top-m"):
+            wanted = "rm.TopM(indices, probabilities, rest)" if layout.residuals == "top-m" else "an array"
+            raise InvalidInput(f"predictions are {type(predictions).__name__}, but residuals={layout.residuals!r} takes {wanted}")
+        new_keys = as_keys(keys, layout.dim, metric=layout.metric)
+        table = {"keys": new_keys, "labels": as_labels(labels, layout.task, layout.n_outputs, len(new_keys))}
+        checked = as_predictions(predictions, layout.task, layout.n_outputs)
+        if len(checked) != len(new_keys):
+            raise DimensionMismatch(f"there are {len(checked):,} predictions for {len(new_keys):,} keys")
+        top_m = self._snapshot.manifest.top_m
+        if isinstance(checked, TopM):
+            m = checked.indices.shape[1]
+            if top_m not in (None, m):
+                raise DimensionMismatch(f"predictions are the top {m}, but the memory keeps the top {top_m}")
+            top_m = m
+            table |= {"indices": checked.indices, "probabilities": checked.probabilities, "rest": checked.rest}
+        else:
+            table["predictions"] = checked
+        for name, (dtype, _) in layout.columns(top_m).items():
+            table[name] = _stored(name, table[name], dtype)
+        return table, top_m
+
+    def _new_ids(self, ids: ArrayLike | None, n: int) -> ndarray:
+        manifest = self._snapshot.manifest
+        if ids is None:
+            if manifest.id_kind == "string":
+                raise InvalidInput("the memory's ids are strings, so it cannot give ids by itself; pass ids=")
+            return np.arange(manifest.next_id, manifest.next_id + n)
+        new = as_ids(ids, n)
+        if manifest.id_kind not in (None, _kind(new)) and n:
+            raise InvalidInput(f"ids are of kind {_kind(new)}, but the memory's are of kind {manifest.id_kind}")
+        values, counts = np.unique(new, return_counts=True)
+        if (counts > 1).any():
+            raise DuplicateId(f"id {values[counts > 1][0].item()!r} is given {counts.max()} times")
+        fresh = _kind(new) == "integer" and n > 0 and values[0] >= manifest.next_id
+        if not fresh and (held := self._snapshot.rows_of(new) >= 0).any():
+            raise DuplicateId(
+                f"the memory already holds {held.sum():,} of the {n:,} ids, for example {new[held][0].item()!r}; forget them first"
+            )
+        return new
+
+    def _check_groups(self, groups: ArrayLike | None, n: int) -> str | None:
+        manifest = self._snapshot.manifest
+        kind = None if groups is None else _kind(as_ids(groups, n, name="groups"))
+        if manifest.id_kind is not None and kind != manifest.group_kind:
+            raise InvalidInput(
+                f"groups are {kind or 'missing'}, but the rows held so far have {manifest.group_kind or 'none'}"
+            )
+        return kind
+
+    def _merge_small(self, table: dict[str, ndarray]) -> tuple[Sequence[tuple[Segment, Table]], Table]:
+        """Join the last segments with the new rows while they are no longer than these: few files, few rewrites."""
+        kept = list(zip(self._snapshot.manifest.segments, self._snapshot.tables, strict=True))
+        joined = [table]
+        n, row_bytes = len(table["keys"]), max(_table_bytes(table) // len(table["keys"]), 1)
+        while kept and kept[-1][0].n_rows <= n and (n + kept[-1][0].n_rows) * row_bytes <= MERGE_BYTES:
+            segment, last = kept.pop()
+            n += segment.n_rows
+            joined.insert(0, dict(last))
+        return kept, _concatenated(joined)
+
+    def _commit_rows(
+        self, kept: Sequence[tuple[Segment, Table]], tables: "Sequence[Table] | Iterator[Table]", **changes: Any
+    ) -> None:
+        segments, held = [segment for segment, _ in kept], [table for _, table in kept]
+        version = self._snapshot.version + 1
+        forgotten = np.zeros(0, np.int64) if "forgotten" in changes else self._snapshot.forgotten
+        written: list[str] = []
+        try:
+            for table in tables:
+                segment, readable = self._write("rows", version, table, written)
+                segments.append(segment)
+                held.append(readable)
+            manifest = self._snapshot.manifest.with_changes(segments=tuple(segments), library=__version__, **changes)
+            self._commit(manifest, held, forgotten)
+        except BaseException:
+            self._discard(written)
+            raise
+
+    def _commit_forgotten(self, gone: ndarray) -> None:
+        written: list[str] = []
+        try:
+            segment, _ = self._write("gone", self._snapshot.version + 1, {"rows": gone}, written)
+            self._commit(self._snapshot.manifest.with_changes(forgotten=segment), self._snapshot.tables, gone)
+        except BaseException:
+            self._discard(written)
+            raise
+
+    def _write(self, kind: str, version: int, table: Table, written: list[str]) -> tuple[Segment, Table]:
+        """A table as an immutable file, and what is read back from it; in RAM the table itself."""
+        n_rows = len(next(iter(table.values())))
+        name = f"{kind}-{version:08d}-{secrets.token_hex(4)}.safetensors"
+        if self._directory is None:
+            return Segment(FileRecord(name, 0, 1, ()), n_rows), table
+        coded = {key: encoded_strings(value) if value.dtype.kind == "U" else value for key, value in table.items()}
+        length, pieces = segment_length_and_pieces(coded)
+        written.append(name)
+        segment = Segment(self._directory.write(name, pieces, length), n_rows)
+        return segment, _readable(self._directory, segment)
+
+    def _commit(self, manifest: Manifest, tables: Sequence[Table], forgotten: ndarray) -> None:
+        """Make a manifest the truth; only then is the change seen."""
+        snapshot = Snapshot(manifest, tables, forgotten)
+        if self._directory is not None:
+            self._directory.replace(MANIFEST, manifest.to_bytes())
+            stale = {record.name for record in self._snapshot.manifest.files()}
+            for name in stale - {record.name for record in manifest.files()}:
+                self._directory.remove(name)
+        self._snapshot = snapshot
+
+    def _discard(self, written: Sequence[str]) -> None:
+        """After a failed change: remove what it wrote, unless the manifest on disk came to name it after all."""
+        if self._directory is None or not written:
+            return
+        try:
+            snapshot = _read_snapshot(self._directory, self._snapshot)
+        except (ResidualMemoryError, OSError):
+            return
+        named = {record.name for record in snapshot.manifest.files()}
+        if named & set(written):
+            self._snapshot = snapshot
+        for name in set(written) - named:
+            self._directory.remove(name)
+
+
+def verify(path: str | os.PathLike[str]) -> VerifyReport:
+    """Compare every byte of a memory on disk with what was written, whether or not it can still be opened.
+
+    Raises
+    ------
+    MemoryNotFound : if there is no memory at the path.
+    """
+    directory = Directory(path)
+    if not directory.exists():
+        raise MemoryNotFound(f"there is no memory at {path}")
+    try:
+        content = directory.read(MANIFEST, MAX_MANIFEST)
+        manifest = Manifest.from_bytes(content, str(directory.path / MANIFEST))
+    except ResidualMemoryError as error:
+        return VerifyReport((Problem(MANIFEST, f"cannot be read: {error}"),), 1, 0)
+    records = manifest.files()
+    n_bytes = len(content) + sum(record.length for record in records)
+    return VerifyReport(tuple(_damage(directory, manifest)), 1 + len(records), n_bytes)
+
+
+def _damage(directory: Directory, manifest: Manifest) -> list[Problem]:
+    checked = ((record.name, directory.check(record)) for record in manifest.files())
+    return [Problem(name, what) for name, what in checked if what is not None]
+
+
+def _read_snapshot(directory: Directory, known: Snapshot | None, attempts: int = 20) -> Snapshot:
+    """The newest committed version; files of `known` are not opened again."""
+    tables = {} if known is None else dict(zip((s.file for s in known.manifest.segments), known.tables, strict=True))
+    for attempt in range(attempts):
+        content = directory.read(MANIFEST, MAX_MANIFEST)
+        manifest = Manifest.from_bytes(content, str(directory.path / MANIFEST))
+        try:
+            opened = [tables.get(s.file) or _readable(directory, s) for s in manifest.segments]
+            gone = _readable(directory, manifest.forgotten)["rows"] if manifest.forgotten else np.zeros(0, np.int64)
+        except (CorruptFile, StorageFailure):
+            # A compaction between the two reads removes files that the newer manifest no longer names.
+            if attempt + 1 < attempts and directory.read(MANIFEST, MAX_MANIFEST) != content:
+                continue
+            raise
+        return Snapshot(manifest, opened, np.array(gone, np.int64))
+    raise CorruptFile(f"{directory.path} changes faster than it can be read")
+
+
+def _readable(directory: Directory, segment: Segment) -> Table:
+    columns = open_segment(directory, segment)
+    for name in ("ids", "groups"):
+        if name in columns and columns[name].dtype == np.uint8:
+            columns[name] = decoded_strings(columns[name])
+    return columns
+
+
+def _sweep(directory: Directory, manifest: Manifest) -> None:
+    """Remove what an interrupted writer left behind."""
+    named = {record.name for record in manifest.files()}
+    for name in directory.names():
+        if name not in named and (name.startswith(_PREFIXES) or name == MANIFEST + PART):
+            directory.remove(name)
+
+
+def _live_tables(snapshot: Snapshot) -> Iterator[Table]:
+    """The rows that are not forgotten, in tables of about `SEGMENT_BYTES`."""
+    alive = np.flatnonzero(snapshot.alive)
+    if not len(alive):
+        return
+    row_bytes = max(sum(_table_bytes(table) for table in snapshot.tables) // snapshot.n_rows, 1)
+    columns = {name: snapshot.column(name) for name in snapshot.tables[0]}
+    size = max(SEGMENT_BYTES // row_bytes, 1)
+    for start in range(0, len(alive), size):
+        rows = alive[start : start + size]
+        yield {name: column.take(rows) for name, column in columns.items()}
+
+
+def _concatenated(tables: Sequence[Table]) -> Table:
+    if len(tables) == 1:
+        return tables[0]
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+def _table_bytes(table: Table) -> int:
+    return sum(column.nbytes for column in table.values())
+
+
+def _stored(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:
+    """A copy in the stored type; a value that does not fit it is refused, not turned into infinity."""
+    with np.errstate(over="ignore"):
+        stored = np.array(values, dtype)
+    if dtype == np.float16 and not np.isfinite(stored).all():
+        raise InvalidInput(f"{name} hold values up to {np.abs(values).max():.4g}, above what float16 holds; use key_dtype='float32'")
+    return stored
+
+
+def _kind(ids: ndarray) -> str:
+    return "string" if ids.dtype.kind == "U" else "integer"
+
+
+def _check_options(layout: Layout) -> None:
+    choices = {
+        "task": ("classification", "regression"),
+        "metric": ("euclidean", "cosine"),
+        "residuals": ("dense", "top-m"),
+        "key_dtype": ("float16", "float32", "float64"),
+        "prediction_dtype": ("float16", "float32", "float64"),
+    }
+    for name, allowed in choices.items():
+        if (found := getattr(layout, name)) not in allowed:
+            raise InvalidInput(f"{name} is {found!r}, expected one of {', '.join(map(repr, allowed))}")
+    if layout.task == "regression" and layout.residuals == "top-m":
+        raise InvalidInput("residuals='top-m' is for classification; regression keeps 'dense' values")

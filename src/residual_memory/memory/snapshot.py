@@ -1,0 +1,169 @@
+"""One version of a memory's rows, immutable: what queries read while a writer goes on."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Shaped
+from numpy import ndarray
+
+from residual_memory.memory.format import Manifest
+from residual_memory.residuals import classification_residuals, dense, regression_residuals
+from residual_memory.types import TopM
+
+Table = Mapping[str, ndarray]  # the columns of one segment
+
+
+class Column:
+    """One column over all segments: gathered by row, or read block by block, never joined in RAM.
+
+    Parameters
+    ----------
+    parts : the column of each segment, in order.
+    """
+
+    def __init__(self, parts: Sequence[ndarray], empty: ndarray) -> None:
+        self._parts = list(parts) or [empty]
+        self._starts = np.array([0, *itertools.accumulate(len(part) for part in self._parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(*(part.dtype for part in self._parts))
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return int(np.prod(self._parts[0].shape[1:], dtype=int))
+
+    def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "..."]:
+        """The values of these rows, in their shape."""
+        if len(self._parts) == 1:
+            return np.take(self._parts[0], rows, axis=0)
+        values = np.empty(rows.shape + self._parts[0].shape[1:], self.dtype)
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        for owner in np.unique(owners):
+            here = owners == owner
+            values[here] = self._parts[owner][rows[here] - self._starts[owner]]
+        return values
+
+    def blocks(self, size: int, first: int = 0) -> Iterator[ndarray]:
+        """The rows from `first` on in blocks of at most `size`; no block spans two segments."""
+        for start, part in zip(self._starts, self._parts, strict=False):
+            for begin in range(max(0, first - int(start)), len(part), size):
+                yield np.asarray(part[begin : begin + size])
+
+
+class Snapshot:
+    """The rows of one version.
+
+    Row numbers hold within one `generation`: until a compaction they only grow, and forgotten rows stay as gaps.
+    """
+
+    def __init__(self, manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> None:
+        self.manifest = manifest
+        self.tables = tuple(tables)
+        self.forgotten = forgotten
+        self.layout = manifest.layout
+        self.version, self.generation = manifest.version, manifest.generation
+        self.n_rows = sum(segment.n_rows for segment in manifest.segments)
+
+    def __len__(self) -> int:
+        return self.n_rows - len(self.forgotten)
+
+    def column(self, name: str) -> Column:
+        dtype, shape = self.layout.columns(self.manifest.top_m).get(name, (np.dtype(np.int64), ()))
+        return Column([table[name] for table in self.tables], np.zeros((0, *shape), dtype))
+
+    @cached_property
+    def keys(self) -> Column:
+        return self.column("keys")
+
+    @cached_property
+    def alive(self) -> Bool[ndarray, " n"]:
+        """Which rows are not forgotten."""
+        alive = np.ones(self.n_rows, bool)
+        alive[self.forgotten] = False
+        return alive
+
+    @cached_property
+    def all_ids(self) -> Shaped[ndarray, " n"]:
+        """The id of every row, forgotten ones too."""
+        return self._joined("ids", self.manifest.id_kind)
+
+    @cached_property
+    def all_groups(self) -> Shaped[ndarray, " n"] | None:
+        """The group of every row; None for a memory without groups."""
+        kind = self.manifest.group_kind
+        return None if kind is None else self._joined("groups", kind)
+
+    @cached_property
+    def ids(self) -> Shaped[ndarray, " n"]:
+        """The ids of the rows that are not forgotten, in row order."""
+        return self.all_ids[self.alive] if len(self.forgotten) else self.all_ids
+
+    @cached_property
+    def tie_ranks(self) -> Int64[ndarray, " n"] | None:
+        """Place of each row's id among all ids, by which equal distances are ordered; None where rows are in order."""
+        ids = self.all_ids
+        if (ids[1:] > ids[:-1]).all():
+            return None
+        ranks = np.empty(len(ids), np.int64)
+        ranks[np.argsort(ids, kind="stable")] = np.arange(len(ids))
+        return ranks
+
+    def rows_of(self, ids: Shaped[ndarray, " b"]) -> Int64[ndarray, " b"]:
+        """The row of each id; −1 for one that is not held, or forgotten."""
+        known, rows = self._sorted_ids
+        if not len(known) or known.dtype.kind != ids.dtype.kind:
+            return np.full(len(ids), -1)
+        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        return np.where(known[places] == ids, rows[places], -1)
+
+    def residuals(self, rows: Int64[ndarray, " b"], temperature: float) -> Float[ndarray, "b c"]:
+        """What the base could not learn of these rows."""
+        labels = self.column("labels").take(rows)
+        predictions = self.predictions(rows)
+        if self.layout.task == "regression":
+            return regression_residuals(_computable(labels), predictions)
+        return classification_residuals(labels, predictions, temperature)
+
+    def predictions(self, rows: Int64[ndarray, " b"]) -> Float[ndarray, "b c"]:
+        """What the base said of these rows, at temperature 1, as whole distributions."""
+        if self.layout.residuals == "dense":
+            return _computable(self.column("predictions").take(rows))
+        return dense(self.top_m(rows), self.layout.n_outputs)
+
+    def top_m(self, rows: Int64[ndarray, " b"]) -> TopM:
+        """The stored top-m predictions of these rows."""
+        return TopM(
+            self.column("indices").take(rows),
+            _computable(self.column("probabilities").take(rows)),
+            _computable(self.column("rest").take(rows)),
+        )
+
+    def targets(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "..."]:
+        """The labels of these rows: class indices, or target values [… c]."""
+        labels = self.column("labels").take(rows)
+        return _computable(labels) if self.layout.task == "regression" else labels
+
+    def _joined(self, name: str, kind: str | None) -> ndarray:
+        empty = np.zeros(0, "U1" if kind == "string" else np.int64)
+        return np.concatenate([table[name] for table in self.tables] or [empty])
+
+    @cached_property
+    def _sorted_ids(self) -> tuple[ndarray, ndarray]:
+        rows = np.flatnonzero(self.alive)
+        ids = self.ids
+        if self.tie_ranks is None:
+            return ids, rows
+        order = np.argsort(ids, kind="stable")
+        return ids[order], rows[order]
+
+
+def _computable(values: ndarray) -> ndarray:
+    """Half precision is for storage: arithmetic is in float32 at least."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values

@@ -1,0 +1,213 @@
+"""How good predictions are, and how sure one can be: every figure with its 95 % interval, differences paired by row.
+
+Per-row measures return one number a row, so that two methods can be compared on the same rows; `mean_interval` and
+`bootstrap_interval` turn them into estimates. Rows of one document are not independent: pass `groups`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64, Shaped
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory.errors import DimensionMismatch, InvalidInput
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval.
+
+    Attributes
+    ----------
+    value, low, high : in the metric's own unit; accuracy is a fraction.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __float__(self) -> float:
+        return self.value
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+
+def correctness(scores: ArrayLike, labels: ArrayLike) -> Float[ndarray, " q"]:
+    """1 where the largest score is the label's, else 0. Ties go to the first class."""
+    values, targets = _scores_and_labels(scores, labels)
+    return (values.argmax(axis=1) == targets).astype(float)
+
+
+def accuracy(scores: ArrayLike, labels: ArrayLike) -> float:
+    """The part of the rows whose largest score is the label's."""
+    return float(correctness(scores, labels).mean())
+
+
+def log_losses(probabilities: ArrayLike, labels: ArrayLike) -> Float[ndarray, " q"]:
+    """−log of the label's probability, in nats.
+
+    Raises
+    ------
+    InvalidInput : if a probability is zero or negative: use `to_probabilities(scores, base)` first.
+    """
+    values, targets = _scores_and_labels(probabilities, labels)
+    if values.size and values.min() <= 0:
+        raise InvalidInput(
+            f"probabilities hold {values.min():.4g}, and the logarithm of zero is infinite; "
+            "use to_probabilities(scores, base=predictions), which is always positive"
+        )
+    return -np.log(values[np.arange(len(values)), targets].astype(np.float64))
+
+
+def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of `log_losses`, in nats."""
+    return float(log_losses(probabilities, labels).mean())
+
+
+def perplexity(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """exp of the log-loss."""
+    return float(np.exp(log_loss(probabilities, labels)))
+
+
+def calibration_bins(
+    probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15
+) -> list[dict[str, float]]:
+    """Confidence and accuracy in bins of equal width: what a reliability diagram shows.
+
+    Returns
+    -------
+    For each bin that has rows: `low`, `high`, `n`, `confidence` (mean largest probability), `accuracy`.
+    """
+    values, targets = _scores_and_labels(probabilities, labels)
+    confidence, hit = values.max(axis=1), values.argmax(axis=1) == targets
+    place = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    bins = []
+    for number in np.unique(place):
+        here = place == number
+        bins.append(
+            {
+                "low": float(number / n_bins),
+                "high": float((number + 1) / n_bins),
+                "n": float(here.sum()),
+                "confidence": float(confidence[here].mean()),
+                "accuracy": float(hit[here].mean()),
+            }
+        )
+    return bins
+
+
+def calibration_error(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> float:
+    """Expected calibration error: mean |confidence − accuracy| over bins, weighted by their rows.
+
+    References
+    ----------
+    Guo et al., "On calibration of modern neural networks", ICML 2017.
+    """
+    bins = calibration_bins(probabilities, labels, n_bins)
+    total = sum(entry["n"] for entry in bins)
+    return sum(entry["n"] * abs(entry["confidence"] - entry["accuracy"]) for entry in bins) / total
+
+
+def squared_errors(values: ArrayLike, targets: ArrayLike) -> Float[ndarray, " q"]:
+    """Mean squared error of each row over its outputs."""
+    found, wanted = np.asarray(values, float), np.asarray(targets, float)
+    if found.shape[:1] != wanted.shape[:1] or found.size != wanted.size:
+        raise DimensionMismatch(f"values have shape {found.shape}, targets {wanted.shape}")
+    return ((found.reshape(len(found), -1) - wanted.reshape(len(found), -1)) ** 2).mean(axis=1)
+
+
+def rmse(values: ArrayLike, targets: ArrayLike) -> float:
+    """Root of the mean squared error."""
+    return float(np.sqrt(squared_errors(values, targets).mean()))
+
+
+def recall(distances: ArrayLike, true_distances: ArrayLike, tolerance: float = 1e-3) -> float:
+    """How many of the true k nearest an approximate search found: by distance, so that ties do no harm.
+
+    Parameters
+    ----------
+    distances, true_distances : [q k], ascending.
+    tolerance : added to the true k-th distance.
+
+    References
+    ----------
+    Aumüller et al., "ANN-benchmarks", 2020.
+    """
+    found, true = np.asarray(distances), np.asarray(true_distances)
+    if found.shape != true.shape:
+        raise DimensionMismatch(f"distances have shape {found.shape}, true distances {true.shape}")
+    return float((found <= true[:, -1:] + tolerance).mean())
+
+
+def mean_interval(values: ArrayLike, groups: ArrayLike | None = None) -> Estimate:
+    """The mean of per-row numbers (or of per-row differences, paired) with its normal 95 % interval.
+
+    Parameters
+    ----------
+    values : [q].
+    groups : rows of one group (a document) are counted as one draw.
+    """
+    rows = np.asarray(values, np.float64)
+    if rows.ndim != 1 or not len(rows):
+        raise InvalidInput(f"values have shape {rows.shape}, expected at least one number a row")
+    mean = float(rows.mean())
+    deviations = rows - mean
+    if groups is not None:
+        _, owner = np.unique(np.asarray(groups), return_inverse=True)
+        deviations = np.bincount(owner, weights=deviations)
+    n = len(deviations)
+    variance = (deviations**2).sum() / len(rows) ** 2 * (n / max(n - 1, 1))
+    margin = Z95 * float(np.sqrt(variance))
+    return Estimate(mean, mean - margin, mean + margin)
+
+
+def bootstrap_interval(
+    statistic: Callable[[Int64[ndarray, " r"]], float],
+    n_rows: int,
+    *,
+    groups: ArrayLike | None = None,
+    n_resamples: int = 500,
+    seed: int = 0,
+) -> Estimate:
+    """A figure that is no mean (calibration error, RMSE, a difference of two) with its bootstrap 95 % interval.
+
+    Parameters
+    ----------
+    statistic : called with row numbers, drawn with replacement; gives the figure on those rows.
+    n_rows : how many rows there are.
+    groups : whole groups are drawn.
+
+    References
+    ----------
+    Efron and Tibshirani, "An introduction to the bootstrap", 1993, the percentile interval.
+    """
+    random = np.random.default_rng(seed)
+    members: Any = np.arange(n_rows)[:, None] if groups is None else _members(np.asarray(groups))
+    figures = []
+    for _ in range(n_resamples):
+        drawn = random.integers(0, len(members), len(members))
+        figures.append(statistic(np.concatenate([members[i] for i in drawn]) if groups is not None else drawn))
+    low, high = np.quantile(figures, [0.025, 0.975])
+    return Estimate(statistic(np.arange(n_rows)), float(low), float(high))
+
+
+def _members(groups: Shaped[ndarray, " q"]) -> list[Int64[ndarray, " m"]]:
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(np.unique(groups, return_inverse=True)[1][order])) + 1)
+
+
+def _scores_and_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[ndarray, ndarray]:
+    values, targets = np.asarray(scores), np.asarray(labels)
+    if values.ndim != 2 or targets.ndim != 1 or len(values) != len(targets) or not len(values):
+        raise DimensionMismatch(f"scores have shape {values.shape} and labels {targets.shape}, expected [q c] and [q]")
+    if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0 or targets.max() >= values.shape[1]:
+        raise InvalidInput(f"labels must be integers from 0 to {values.shape[1] - 1}")
+    return values, targets
