@@ -1,0 +1,1 @@
+"""ResNets on CIFAR-100: training, and what a memory adds."""

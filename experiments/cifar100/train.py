@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from residual_memory.demo.cifar100 import find_cifar100, read_cifar100
-from residual_memory.demo.resnet import CifarResNet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from residual_memory.demo.cifar100 import find_cifar100, read_cifar100
+from residual_memory.demo.resnet import CifarResNet
 
 SPLIT_SEED = 20230208  # of the permutation whose first 45,000 images are trained on and whose last 5,000 are held out
 PEAK_LEARNING_RATE, WEIGHT_DECAY, BATCH = 0.2, 5e-4, 128
@@ -40,15 +41,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flips.view(-1, 1, 1, 1), cropped.flip(3), cropped)
 
 
-def train(
-    images: Tensor, labels: Tensor, *, depth: int, n_epochs: int, seed: int, checkpoint: Path
-) -> nn.Module:
+def train(images: Tensor, labels: Tensor, *, depth: int, n_epochs: int, seed: int, checkpoint: Path) -> nn.Module:
     """Train from scratch, or go on from `checkpoint`; images are uint8 [n 3 32 32]."""
     torch.manual_seed(seed)
     network = CifarResNet(depth).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     n_batches = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LEARNING_RATE, total_steps=n_epochs * n_batches, pct_start=0.2
@@ -89,6 +86,7 @@ def train(
 
 
 def main() -> None:
+    """Read the options, train, and save the weights with their recipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--images", type=int, choices=(45_000, 50_000), default=50_000)

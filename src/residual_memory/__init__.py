@@ -14,11 +14,12 @@ from residual_memory._version import __version__
 
 if TYPE_CHECKING:
     from residual_memory.correction import ResidualKNN, correct, to_probabilities
+    from residual_memory.evaluation import Evaluation, Setting, evaluate
     from residual_memory.explanation import Explanation, explain
     from residual_memory.memory import Memory
     from residual_memory.models.torch import ResMemModule, build_memory, exportable
     from residual_memory.residuals import temper, top_m
-    from residual_memory.tuning import Setting, TuningResult, tune
+    from residual_memory.tuning import TuningResult, tune
     from residual_memory.types import Neighbors, Observations, TopM
 
 _ROOMS = {
@@ -33,7 +34,9 @@ _ROOMS = {
     "exportable": "models.torch",
     "temper": "residuals",
     "top_m": "residuals",
-    "Setting": "tuning",
+    "Evaluation": "evaluation",
+    "Setting": "evaluation",
+    "evaluate": "evaluation",
     "TuningResult": "tuning",
     "tune": "tuning",
     "Neighbors": "types",
@@ -42,6 +45,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Evaluation",
     "Explanation",
     "Memory",
     "Neighbors",
@@ -55,6 +59,7 @@ __all__ = [
     "build_memory",
     "correct",
     "errors",
+    "evaluate",
     "explain",
     "exportable",
     "temper",

@@ -148,6 +148,11 @@ class ResidualKNN:
         state, found = self._search(keys, self.n_neighbors, exclude)
         return _weighted_sum(state, found.rows, self._weights(found.distances), self.temperature)
 
+    def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
+        """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""
+        state, found = self._search(keys, self.n_neighbors, exclude)
+        return label_average(state.snapshot, found.rows, self._weights(found.distances)[:, None, :])[:, 0]
+
     def neighbors(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Found:
         """The memories that `__call__` would use, nearest first."""
         state, found = self._search(keys, self.n_neighbors, exclude)
@@ -160,9 +165,7 @@ class ResidualKNN:
         parts = weights[..., None] * _gathered(state, found.rows, self.temperature)
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
 
-    def search(
-        self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None
-    ) -> tuple[Snapshot, Neighbors]:
+    def search(self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None) -> tuple[Snapshot, Neighbors]:
         """Rows and distances of any number of neighbours, and the snapshot that the rows belong to."""
         state, found = self._search(keys, as_count("n_neighbors", n_neighbors), exclude)
         return state.snapshot, found
@@ -216,9 +219,7 @@ class ResidualKNN:
         return typical if typical > 0 else 1.0
 
 
-def correct(
-    predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike = 1.0
-) -> Float[ndarray, "q c"]:
+def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike = 1.0) -> Float[ndarray, "q c"]:
     """The corrected scores: predictions + shrinkage · residual.
 
     Parameters
@@ -242,15 +243,13 @@ def correct(
         base = np.pad(base, ((0, 0), (0, added.shape[1] - base.shape[1])))
     if base.shape != added.shape or len(amount) not in (1, len(base)):
         raise DimensionMismatch(
-            f"predictions {base.shape}, residual {added.shape} and shrinkage {np.shape(shrinkage)} do not fit each other"
+            f"predictions {base.shape}, residual {added.shape} and shrinkage {np.shape(shrinkage)} do not fit"
         )
     scores = base + (amount * added).astype(base.dtype)
     return scores[:, 0] if np.ndim(predictions) == 1 else scores
 
 
-def to_probabilities(
-    scores: ArrayLike, base: ArrayLike | None = None, *, floor: float = 0.1
-) -> Float[ndarray, "q c"]:
+def to_probabilities(scores: ArrayLike, base: ArrayLike | None = None, *, floor: float = 0.1) -> Float[ndarray, "q c"]:
     """Valid distributions from corrected scores, which sum to 1 but may be negative.
 
     Parameters
@@ -287,6 +286,19 @@ def _projected(scores: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
     kept = (descending * counts > excess).sum(axis=1)
     threshold = np.take_along_axis(excess, kept[:, None] - 1, axis=1) / kept[:, None]
     return np.maximum(scores - threshold, 0)
+
+
+def label_average(
+    snapshot: Snapshot, rows: Int64[ndarray, "q k"], weights: Float[ndarray, "q s k"]
+) -> Float[ndarray, "q s c"]:
+    """Σ w onehot(y), or Σ w y for regression, of the same neighbours under s settings of the weights."""
+    dtype, n_outputs = _computing_dtype(snapshot), snapshot.layout.n_outputs
+    if not snapshot.n_rows:
+        return np.zeros((*weights.shape[:2], n_outputs), dtype)
+    targets = snapshot.targets(np.maximum(rows, 0))
+    if snapshot.layout.task == "classification":
+        targets = (targets[..., None] == np.arange(n_outputs)).astype(dtype)
+    return np.matmul(weights.astype(dtype), targets)
 
 
 def _weighted_sum(
@@ -356,7 +368,8 @@ def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, " q"]) -> Shaped[nd
         if names is not None and (names.dtype.kind == excluded.dtype.kind or not len(names)):
             return names
     kinds = {"U": "strings", "i": "integers"}
-    raise InvalidInput(f"exclude holds {kinds[excluded.dtype.kind]}, but the memory's ids and groups are of another type")
+    found = kinds[excluded.dtype.kind]
+    raise InvalidInput(f"exclude holds {found}, but the memory's ids and groups are of another type")
 
 
 def _ids_of(snapshot: Snapshot, rows: Int64[ndarray, "q k"]) -> Shaped[ndarray, "q k"]:

@@ -1,23 +1,23 @@
 """Every error and warning of the library, on one page.
 
-    ResidualMemoryError
-    ├── InvalidInput (ValueError)        an argument that cannot be used: what was found, what was expected
-    │   ├── DimensionMismatch            keys or predictions of another width than the memory's
-    │   ├── DuplicateId                  an id given twice, or already held
-    │   ├── UnknownId                    an id that the memory does not hold
-    │   └── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
-    ├── MissingExtra (ImportError)       an optional package is not installed; the message says which
-    ├── MemoryNotFound (FileNotFoundError)
-    ├── DataNotFound (FileNotFoundError)
-    ├── CorruptFile                      bytes on disk are not those that were written
-    ├── UnsupportedFormat                written by a newer version of the library
-    ├── MemoryLocked                     another process is writing
-    ├── ReadOnlyMemory                   a change was asked of a read-only handle
-    └── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
+ResidualMemoryError
+├── InvalidInput (ValueError)        an argument that cannot be used: what was found, what was expected
+│   ├── DimensionMismatch            keys or predictions of another width than the memory's
+│   ├── DuplicateId                  an id given twice, or already held
+│   ├── UnknownId                    an id that the memory does not hold
+│   └── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
+├── MissingExtra (ImportError)       an optional package is not installed; the message says which
+├── MemoryNotFound (FileNotFoundError)
+├── DataNotFound (FileNotFoundError)
+├── CorruptFile                      bytes on disk are not those that were written
+├── UnsupportedFormat                written by a newer version of the library
+├── MemoryLocked                     another process is writing
+├── ReadOnlyMemory                   a change was asked of a read-only handle
+└── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
 
-    ResidualMemoryWarning (UserWarning)
-    ├── FewerNeighbors                   more neighbours were asked for than there are rows
-    └── InSampleResiduals                the base knows its training data too well for residuals to mean much
+ResidualMemoryWarning (UserWarning)
+├── FewerNeighbors                   more neighbours were asked for than there are rows
+└── InSampleResiduals                the base knows its training data too well for residuals to mean much
 """
 
 

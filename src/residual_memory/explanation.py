@@ -30,7 +30,12 @@ class Explanation:
 
 
 def explain(
-    knn: ResidualKNN, keys: ArrayLike, predictions: ArrayLike, *, shrinkage: float = 1.0, exclude: ArrayLike | None = None
+    knn: ResidualKNN,
+    keys: ArrayLike,
+    predictions: ArrayLike,
+    *,
+    shrinkage: float = 1.0,
+    exclude: ArrayLike | None = None,
 ) -> Explanation:
     """Split corrections among the memories that made them.
 

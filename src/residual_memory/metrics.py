@@ -73,13 +73,11 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def perplexity(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """exp of the log-loss."""
+    """Exp of the log-loss."""
     return float(np.exp(log_loss(probabilities, labels)))
 
 
-def calibration_bins(
-    probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15
-) -> list[dict[str, float]]:
+def calibration_bins(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 15) -> list[dict[str, float]]:
     """Confidence and accuracy in bins of equal width: what a reliability diagram shows.
 
     Returns
@@ -159,7 +157,7 @@ def mean_interval(values: ArrayLike, groups: ArrayLike | None = None) -> Estimat
     if rows.ndim != 1 or not len(rows):
         raise InvalidInput(f"values have shape {rows.shape}, expected at least one number a row")
     mean = float(rows.mean())
-    deviations = rows - mean
+    deviations: ndarray = rows - mean
     if groups is not None:
         _, owner = np.unique(np.asarray(groups), return_inverse=True)
         deviations = np.bincount(owner, weights=deviations)

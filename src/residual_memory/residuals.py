@@ -53,10 +53,8 @@ def classification_residuals(
     return residuals
 
 
-def regression_residuals(
-    labels: Float[ndarray, "b c"], predictions: Float[ndarray, "b c"]
-) -> Float[ndarray, "b c"]:
-    """y − f(x)."""
+def regression_residuals(labels: Float[ndarray, "b c"], predictions: Float[ndarray, "b c"]) -> Float[ndarray, "b c"]:
+    """Y − f(x)."""
     return labels - predictions
 
 
@@ -65,7 +63,7 @@ def dense(predictions: TopM, n_outputs: int) -> Float[ndarray, "b c"]:
 
     Rows sum to what `probabilities` and `rest` sum to; with m = n_outputs nothing is lost.
     """
-    n, m = predictions.indices.shape
+    m = predictions.indices.shape[1]
     spread = predictions.rest / max(n_outputs - m, 1)
     full = np.repeat(spread[:, None].astype(predictions.probabilities.dtype), n_outputs, axis=1)
     np.put_along_axis(full, predictions.indices.astype(np.int64), predictions.probabilities, axis=1)

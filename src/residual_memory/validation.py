@@ -38,7 +38,8 @@ def _unit_length(array: Float[ndarray, "b d"], name: str) -> Float[ndarray, "b d
     wide = array.astype(np.float64)
     norms = np.sqrt(np.einsum("bd,bd->b", wide, wide))
     if len(norms) and norms.min() == 0:
-        raise InvalidInput(f"{name}[{int(norms.argmin())}] is zero, which has no direction: metric='cosine' cannot place it")
+        row = int(norms.argmin())
+        raise InvalidInput(f"{name}[{row}] is zero, which has no direction: metric='cosine' cannot place it")
     return (wide / norms[:, None]).astype(array.dtype)
 
 
@@ -58,7 +59,7 @@ def as_probabilities(
     if len(totals) and (worst := np.abs(totals - 1).max()) > SUM_TOLERANCE:
         row = int(np.abs(totals - 1).argmax())
         raise InvalidInput(
-            f"{name}[{row}] sums to {totals[row]:.6g}, expected 1 (within {SUM_TOLERANCE}, found off by {worst:.3g}); "
+            f"{name}[{row}] sums to {totals[row]:.6g}, off by {worst:.3g}, expected 1 within {SUM_TOLERANCE}; "
             "logits go through softmax first"
         )
     return widened(array, n_outputs, name=name)
@@ -219,5 +220,6 @@ def _as_floats(name: str, values: ArrayLike) -> Float[ndarray, "..."]:
         place = ", ".join(map(str, np.argwhere(bad)[0]))
         raise InvalidInput(f"{name}[{place}] is {array[bad][0]}, expected finite numbers ({bad.sum():,} are not)")
     if max(abs(float(low)), abs(float(high))) > LARGEST_VALUE:
-        raise InvalidInput(f"{name} hold values up to {max(-float(low), float(high)):.3g}, expected at most {LARGEST_VALUE:g}: scale them")
+        largest = max(-float(low), float(high))
+        raise InvalidInput(f"{name} hold values up to {largest:.3g}, expected at most {LARGEST_VALUE:g}: scale them")
     return array

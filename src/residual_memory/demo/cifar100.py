@@ -100,7 +100,7 @@ def download_cifar100(*, timeout: float = 10.0, progress: Callable[[int, int], N
 
 
 def _fetch(url: str, target: Path, timeout: float, progress: Callable[[int, int], None] | None) -> None:
-    with urllib.request.urlopen(url, timeout=timeout) as answer, target.open("wb") as file:  # noqa: S310
+    with urllib.request.urlopen(url, timeout=timeout) as answer, target.open("wb") as file:
         size = int(answer.headers.get("Content-Length", 0))
         while piece := answer.read(1 << 20):
             file.write(piece)
@@ -123,7 +123,7 @@ def read_cifar100(folder: str | os.PathLike[str], split: Split) -> Cifar100:
         data = _read_python(folder, split)
     else:
         raise DataNotFound(f"{folder} holds neither {split}.bin nor {split}: not a folder of CIFAR-100")
-    found = hashlib.sha256(np.ascontiguousarray(data.images)).hexdigest()
+    found = hashlib.sha256(data.images.tobytes()).hexdigest()
     if found != PIXELS_SHA256[split]:
         raise CorruptFile(f"{folder}: the {split} images have sha256 {found}, expected {PIXELS_SHA256[split]}")
     return data
@@ -160,7 +160,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return getattr(np if name != "_reconstruct" else np._core.multiarray, name)
+            return super().find_class(module, name)
         raise CorruptFile(f"a pickle of CIFAR-100 names {module}.{name}, which no such file needs; not read")
 
 

@@ -44,6 +44,9 @@ class CifarResNet(nn.Module):
     He et al., "Deep residual learning for image recognition", CVPR 2016, section 4.2.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, depth: int = 8, n_classes: int = 100) -> None:
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth is {depth}, expected 6 n + 2: 8, 14, 20, 32, 44, 56, …")

@@ -93,9 +93,7 @@ def nearest(
     -------
     Neighbors, ascending, padded with −1 and +inf where there are fewer than `n_neighbors` usable rows.
     """
-    found = Neighbors(
-        np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64)
-    )
+    found = Neighbors(np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64))
     n_rows = len(keys)
     pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
     while len(pending) and n_rows:

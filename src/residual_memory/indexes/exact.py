@@ -42,9 +42,7 @@ class _Centred:
         return squared_error(centred.shape[1], (norms + self._largest) ** 2)
 
 
-def _promise(
-    rows: ndarray, squared: ndarray, slack: Float[ndarray, " q"], n_rows: int, first: int
-) -> Candidates:
+def _promise(rows: ndarray, squared: ndarray, slack: Float[ndarray, " q"], n_rows: int, first: int) -> Candidates:
     """Candidates of a float32 search: the last distance listed, less the rounding, bounds all that is left out."""
     complete = rows.shape[1] >= n_rows
     bounds = np.full(len(rows), np.inf) if complete else squared.max(axis=1).astype(np.float64) - slack
@@ -92,7 +90,7 @@ class ExactTorch(Index):
         k = min(n_neighbors, self.n_rows)
         answers = []
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-            for some in torch.from_numpy(centred).to(self._device).split(QUERIES_PER_BLOCK):
+            for some in torch.split(torch.from_numpy(centred).to(self._device), QUERIES_PER_BLOCK):
                 answers.append(self._nearest(some, k))
         rows = np.concatenate([rows.cpu().numpy() for _, rows in answers]) if answers else np.zeros((0, k), np.int64)
         squared = np.concatenate([s.cpu().numpy() for s, _ in answers]) if answers else np.zeros((0, k), np.float32)
@@ -104,18 +102,17 @@ class ExactTorch(Index):
         import torch
 
         norms = queries.square().sum(1, keepdim=True)
-        best = rows = None
+        best = torch.empty((len(queries), 0), device=self._device)
+        rows = torch.empty((len(queries), 0), dtype=torch.int64, device=self._device)
         start = 0
         for block, block_norms in zip(self._blocks, self._norms, strict=True):
             squared = torch.addmm(block_norms, queries, block.T, alpha=-2.0)
             values, places = squared.topk(min(k, len(block)), dim=1, largest=False, sorted=False)
             places += start
             start += len(block)
-            if best is not None:
-                values, places = torch.cat([best, values], 1), torch.cat([rows, places], 1)
-                values, chosen = values.topk(min(k, values.shape[1]), dim=1, largest=False, sorted=False)
-                places = places.gather(1, chosen)
-            best, rows = values, places
+            values, places = torch.cat([best, values], 1), torch.cat([rows, places], 1)
+            best, chosen = values.topk(min(k, values.shape[1]), dim=1, largest=False, sorted=False)
+            rows = places.gather(1, chosen)
         return best + norms, rows
 
     @property

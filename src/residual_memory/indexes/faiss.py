@@ -30,9 +30,7 @@ class Faiss(Index):
     Douze et al., "The Faiss library", 2024.
     """
 
-    def __init__(
-        self, keys: KeySource, first: int, n_rows: int, *, factory: str, options: Mapping[str, float]
-    ) -> None:
+    def __init__(self, keys: KeySource, first: int, n_rows: int, *, factory: str, options: Mapping[str, float]) -> None:
         self.first, self.n_rows, self._factory = first, n_rows, factory
         self._index, self._k_factor = empty_index(keys.width, factory, options)
         if not self._index.is_trained:
@@ -90,7 +88,9 @@ def empty_index(dim: int, factory: str, options: Mapping[str, float]) -> tuple[A
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         except RuntimeError:
-            raise InvalidInput(f"index {factory!r} has no query option {name!r}; k_factor and faiss's own are known") from None
+            raise InvalidInput(
+                f"index {factory!r} has no query option {name!r}; k_factor and faiss's own are known"
+            ) from None
     return index, k_factor
 
 

@@ -1,4 +1,7 @@
-"""From a spec string to an index: "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "auto"."""
+"""From a spec string to an index.
+
+For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16".
+"""
 
 import difflib
 import importlib.util

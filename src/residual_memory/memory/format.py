@@ -222,7 +222,7 @@ def segment_length_and_pieces(columns: Mapping[str, ndarray]) -> tuple[int, Iter
     def pieces() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(text)) + text
         for _, column in ordered:
-            yield memoryview(np.ascontiguousarray(column)).cast("B") if column.nbytes else b""
+            yield np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
 
     return 8 + len(text) + offset, pieces()
 

@@ -150,8 +150,12 @@ class Memory:
         if path is None:
             return Memory(None, snapshot, writable=True)
         directory = Directory(path)
-        if directory.path.exists() and (not directory.path.is_dir() or set(directory.names()) - {"lock", MANIFEST + PART}):
-            raise InvalidInput(f"{path} already exists and is not empty; open it with Memory.open, or name another path")
+        if directory.path.exists() and (
+            not directory.path.is_dir() or set(directory.names()) - {"lock", MANIFEST + PART}
+        ):
+            raise InvalidInput(
+                f"{path} already exists and is not empty; open it with Memory.open, or name another path"
+            )
         directory.make()
         directory.lock()
         try:
@@ -307,9 +311,7 @@ class Memory:
                 table["groups"] = as_ids(groups, n, name="groups")
             next_id = max(manifest.next_id, int(new_ids.max()) + 1) if id_kind == "integer" else manifest.next_id
             kept, merged = self._merge_small(table)
-            self._commit_rows(
-                kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m
-            )
+            self._commit_rows(kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m)
             return new_ids.copy()
 
     def forget(self, ids: ArrayLike) -> None:
@@ -330,7 +332,9 @@ class Memory:
             if (rows < 0).any():
                 unknown = wanted[rows < 0]
                 shown = ", ".join(map(repr, unknown[:5].tolist()))
-                raise UnknownId(f"the memory does not hold {len(unknown):,} of the {len(wanted):,} ids, for example {shown}")
+                raise UnknownId(
+                    f"the memory does not hold {len(unknown):,} of the {len(wanted):,} ids, for example {shown}"
+                )
             gone = np.sort(np.concatenate([self._snapshot.forgotten, rows]))
             self._commit_forgotten(gone)
 
@@ -345,10 +349,11 @@ class Memory:
 
     def save_setting(self, setting: Mapping[str, Any]) -> None:
         """Keep a tuned setting with the memory, so that whoever opens it predicts with it."""
-        with self._changing:
-            self._require_writable()
-            manifest = self._snapshot.manifest.with_changes(setting=dict(setting))
-            self._commit(manifest, self._snapshot.tables, self._snapshot.forgotten)
+        self._commit_description(setting=dict(setting))
+
+    def save_source(self, source: Mapping[str, Any]) -> None:
+        """Keep where the rows come from: model, layer, data."""
+        self._commit_description(source=dict(source))
 
     def refresh(self) -> bool:
         """See the newest version; True if it is another one than before."""
@@ -385,7 +390,9 @@ class Memory:
         layout = self.layout
         if isinstance(predictions, TopM) != (layout.residuals == "top-m"):
             wanted = "rm.TopM(indices, probabilities, rest)" if layout.residuals == "top-m" else "an array"
-            raise InvalidInput(f"predictions are {type(predictions).__name__}, but residuals={layout.residuals!r} takes {wanted}")
+            raise InvalidInput(
+                f"predictions are {type(predictions).__name__}, but residuals={layout.residuals!r} takes {wanted}"
+            )
         new_keys = as_keys(keys, layout.dim, metric=layout.metric)
         table = {"keys": new_keys, "labels": as_labels(labels, layout.task, layout.n_outputs, len(new_keys))}
         checked = as_predictions(predictions, layout.task, layout.n_outputs)
@@ -460,6 +467,12 @@ class Memory:
         except BaseException:
             self._discard(written)
             raise
+
+    def _commit_description(self, **changes: Any) -> None:
+        with self._changing:
+            self._require_writable()
+            manifest = self._snapshot.manifest.with_changes(**changes)
+            self._commit(manifest, self._snapshot.tables, self._snapshot.forgotten)
 
     def _commit_forgotten(self, gone: ndarray) -> None:
         written: list[str] = []
@@ -594,7 +607,9 @@ def _stored(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:
     with np.errstate(over="ignore"):
         stored = np.array(values, dtype)
     if dtype == np.float16 and not np.isfinite(stored).all():
-        raise InvalidInput(f"{name} hold values up to {np.abs(values).max():.4g}, above what float16 holds; use key_dtype='float32'")
+        raise InvalidInput(
+            f"{name} hold values up to {np.abs(values).max():.4g}, above what float16 holds; store float32"
+        )
     return stored
 
 

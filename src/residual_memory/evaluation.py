@@ -1,0 +1,245 @@
+"""Base, memory-only and corrected side by side on held-out rows, with intervals and a verdict."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory.correction import ResidualKNN, correct, to_probabilities
+from residual_memory.errors import InvalidInput
+from residual_memory.memory import Memory
+from residual_memory.metrics import Estimate, bootstrap_interval, correctness, log_losses, mean_interval, squared_errors
+from residual_memory.residuals import tempered
+from residual_memory.types import Task
+from residual_memory.validation import as_keys, as_labels, as_predictions
+
+Metric = Literal["accuracy", "log_loss", "rmse"]
+
+METRICS: dict[Task, tuple[Metric, ...]] = {"classification": ("accuracy", "log_loss"), "regression": ("rmse",)}
+MEMORY_ONLY_MIX = 0.01  # of the uniform distribution, so that the log-loss of a memory alone is finite
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a memory is used: what tuning chooses and prediction needs.
+
+    Attributes
+    ----------
+    n_neighbors, bandwidth, kernel, temperature : as in `ResidualKNN`.
+    shrinkage : as in `correct`; 0 is the base alone.
+    """
+
+    n_neighbors: int = 50
+    bandwidth: float | str = "auto"
+    temperature: float = 1.0
+    shrinkage: float = 1.0
+    kernel: str = "exponential"
+
+    def knn(self, memory: Memory, *, index: str = "exact", max_weight: float = 1.0) -> ResidualKNN:
+        """The regressor with these options."""
+        return ResidualKNN(
+            memory,
+            n_neighbors=self.n_neighbors,
+            bandwidth=self.bandwidth,
+            kernel=self.kernel,
+            temperature=self.temperature,
+            index=index,
+            max_weight=max_weight,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `Memory.save_setting` and result files."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Setting":
+        """Read back what `to_dict` gave.
+
+        Raises
+        ------
+        InvalidInput : if a name is not an attribute of a setting.
+        """
+        try:
+            return Setting(**values)
+        except TypeError as error:
+            raise InvalidInput(f"a setting has {', '.join(asdict(Setting()))}: {error}") from None
+
+    def without_memory(self) -> "Setting":
+        """The base alone, at the temperature that it was trained with."""
+        return replace(self, shrinkage=0.0, temperature=1.0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Three methods on the same rows.
+
+    Attributes
+    ----------
+    metric : "accuracy" (more is better), "log_loss" in nats, or "rmse" in the target's unit (less is better).
+    n_rows : held-out rows that were measured.
+    base, memory_only, corrected : with 95 % intervals.
+    gain : of corrected over base, paired by row; more is better whatever the metric.
+    """
+
+    metric: Metric
+    n_rows: int
+    base: Estimate
+    memory_only: Estimate
+    corrected: Estimate
+    gain: Estimate
+
+    @property
+    def helps(self) -> bool:
+        """Whether the whole interval of the gain is above zero."""
+        return self.gain.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """One line for whoever decides."""
+        if self.metric == "accuracy":
+            figure = f"{100 * self.gain.value:+.1f} ± {100 * self.gain.margin:.1f} points"
+        else:
+            unit = "nats" if self.metric == "log_loss" else "RMSE"
+            figure = f"{self.gain.value:+.4g} ± {self.gain.margin:.2g} {unit}"
+        rows = f"on {self.n_rows:,} held-out rows"
+        return f"gain {figure} {rows}" if self.helps else f"no gain: do not deploy ({figure} {rows})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a row of a result file."""
+        return {
+            "metric": self.metric,
+            "base": self.base.value,
+            "memory_only": self.memory_only.value,
+            "corrected": self.corrected.value,
+            "gain": self.gain.value,
+            "gain_low": self.gain.low,
+            "gain_high": self.gain.high,
+            "n_test": self.n_rows,
+        }
+
+
+def evaluate(
+    memory: Memory,
+    keys: ArrayLike,
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    setting: Setting,
+    *,
+    memory_only: Setting | None = None,
+    metric: Metric | None = None,
+    index: str = "auto",
+    groups: ArrayLike | None = None,
+    exclude: ArrayLike | None = None,
+) -> Evaluation:
+    """Measure a setting that was chosen elsewhere.
+
+    Parameters
+    ----------
+    memory, keys, labels, predictions : the memory, and held-out rows: keys [q d], labels, base predictions at T = 1.
+    setting : of the corrected predictions.
+    memory_only : setting of the memory-only line; by default the same.
+    metric : "accuracy" or "log_loss" for classification, "rmse" for regression; the first by default.
+    index : engine, as in `ResidualKNN`.
+    groups : rows of one group count as one draw in the intervals.
+    exclude : as in `ResidualKNN.__call__`.
+
+    Raises
+    ------
+    InvalidInput, DimensionMismatch : if the rows do not fit the memory.
+    """
+    rows = HeldOut.checked(memory, keys, labels, predictions, metric)
+    knn = setting.knn(memory, index=index)
+    base = tempered(rows.predictions, setting.temperature) if setting.shrinkage else rows.predictions
+    scores = correct(base, knn(rows.keys, exclude), setting.shrinkage)
+    alone = (knn if memory_only is None else memory_only.knn(memory, index=index)).memory_only(rows.keys, exclude)
+    return summarize(
+        rows.metric,
+        base=rows.losses(rows.predictions, rows.predictions),
+        memory_only=rows.losses_alone(alone),
+        corrected=rows.losses(scores, base),
+        groups=groups,
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, checked, and the loss by which they are measured (less is better)."""
+
+    metric: Metric
+    keys: Float[ndarray, "q d"]
+    labels: Shaped[ndarray, "q ..."]
+    predictions: Float[ndarray, "q c"]
+
+    @staticmethod
+    def checked(
+        memory: Memory, keys: ArrayLike, labels: ArrayLike, predictions: ArrayLike, metric: Metric | None
+    ) -> "HeldOut":
+        """Validate at the door."""
+        layout = memory.layout
+        allowed = METRICS[layout.task]
+        if metric not in (None, *allowed):
+            names = ", ".join(map(repr, allowed))
+            raise InvalidInput(f"metric is {metric!r}, expected {names} for {layout.task}")
+        queries = as_keys(keys, layout.dim)
+        targets = as_labels(labels, layout.task, layout.n_outputs, len(queries))
+        said = as_predictions(predictions, layout.task, layout.n_outputs)
+        if not isinstance(said, ndarray) or len(said) != len(queries) or not len(queries):
+            raise InvalidInput(
+                f"there are {len(said)} predictions for {len(queries)} held-out keys, expected whole rows, one each, "
+                "and at least one"
+            )
+        said = said.astype(np.float32) if said.dtype == np.float16 else said
+        return HeldOut(metric or allowed[0], queries, targets, said)
+
+    def losses(self, scores: Float[ndarray, "q c"], base: Float[ndarray, "q c"]) -> Float[ndarray, " q"]:
+        """Loss of each row: 1 − hit, −log probability (made valid with the base), or squared error."""
+        if self.metric == "accuracy":
+            return 1 - correctness(scores, self.labels)
+        if self.metric == "log_loss":
+            return log_losses(to_probabilities(scores, base), self.labels)
+        return squared_errors(scores, self.labels)
+
+    def losses_alone(self, averages: Float[ndarray, "q c"]) -> Float[ndarray, " q"]:
+        """Loss of each row by the neighbours' labels alone."""
+        if self.metric == "log_loss":
+            uniform = 1 / averages.shape[1]
+            return log_losses((1 - MEMORY_ONLY_MIX) * averages + MEMORY_ONLY_MIX * uniform, self.labels)
+        return self.losses(averages, averages)
+
+
+def summarize(
+    metric: Metric,
+    *,
+    base: Float[ndarray, " q"],
+    memory_only: Float[ndarray, " q"],
+    corrected: Float[ndarray, " q"],
+    groups: ArrayLike | None = None,
+) -> Evaluation:
+    """From per-row losses to figures with intervals."""
+    if metric == "rmse":
+        gain = bootstrap_interval(
+            lambda rows: float(np.sqrt(base[rows].mean()) - np.sqrt(corrected[rows].mean())), len(base), groups=groups
+        )
+    else:
+        gain = mean_interval(base - corrected, groups)
+    return Evaluation(
+        metric,
+        len(base),
+        base=_figure(metric, base, groups),
+        memory_only=_figure(metric, memory_only, groups),
+        corrected=_figure(metric, corrected, groups),
+        gain=gain,
+    )
+
+
+def _figure(metric: Metric, losses: Float[ndarray, " q"], groups: ArrayLike | None) -> Estimate:
+    mean = mean_interval(losses, groups)
+    if metric == "accuracy":
+        return Estimate(1 - mean.value, 1 - mean.high, 1 - mean.low)
+    if metric == "rmse":
+        return Estimate(*(float(np.sqrt(max(part, 0.0))) for part in (mean.value, mean.low, mean.high)))
+    return mean

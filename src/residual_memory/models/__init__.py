@@ -1,0 +1,1 @@
+"""Watching a model: one framework a file, each with the extraction and the prediction of that framework."""

@@ -1,0 +1,154 @@
+"""What every framework shares: where keys come from, and the memory that is filled from a stream of observations."""
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from residual_memory.errors import FingerprintMismatch, InSampleResiduals
+from residual_memory.memory import Memory
+from residual_memory.memory.memory import SEGMENT_BYTES
+from residual_memory.types import Observations, TopM
+
+Side = Literal["input", "output"]
+
+COMMIT_SECONDS = 30.0  # an interrupted build loses no more than this
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a memory's rows come from; kept in its manifest and compared when it is used.
+
+    Attributes
+    ----------
+    model : class and digest of the base model.
+    layer : dotted name of the layer, or the name of the function that gives keys.
+    side : of the layer.
+    pool : cells a side that feature maps are averaged to.
+    data : what is known of the data set.
+    complete : whether the build went through.
+    """
+
+    model: Mapping[str, Any]
+    layer: str
+    side: Side
+    pool: int
+    data: Mapping[str, Any]
+    complete: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Source":
+        return Source(**values)
+
+    def check(self, found: "Source", where: str, *, data: bool) -> None:
+        """Refuse a model, layer or (when building) data set that the memory was not built with.
+
+        Raises
+        ------
+        FingerprintMismatch : naming what differs.
+        """
+        names = ["model", "layer", "side", "pool", *(["data"] if data else [])]
+        for name in names:
+            was, now = getattr(self, name), getattr(found, name)
+            if was != now:
+                raise FingerprintMismatch(
+                    f"the memory {where} was built with {name} {was!r}, but this is {now!r}; "
+                    "use the model, layer and data that it was built with, or build a new memory"
+                )
+
+
+class Builder:
+    """Fills a memory from observations, committing often enough that an interruption costs little.
+
+    A context manager: what is buffered is committed on the way out, after Ctrl-C too.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._waiting: list[Observations] = []
+        self._bytes = 0
+        self._committed = time.monotonic()
+
+    def __enter__(self) -> "Builder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.commit()
+
+    def add(self, observations: Observations) -> None:
+        """Take a batch; durable at the latest when the builder is left."""
+        self._waiting.append(observations)
+        self._bytes += len(observations) * self._memory.layout.bytes_per_row(_width(observations))
+        if self._bytes >= SEGMENT_BYTES // 2 or time.monotonic() - self._committed > COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Append what is buffered."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        self._memory.append(
+            np.concatenate([batch.keys for batch in waiting]),
+            np.concatenate([batch.labels for batch in waiting]),
+            _joined([batch.predictions for batch in waiting]),
+            ids=np.concatenate([batch.ids for batch in waiting]),
+            groups=_joined_groups(waiting),
+        )
+        self._bytes, self._committed = 0, time.monotonic()
+
+
+def fill(memory: Memory, batches: Iterable[Observations]) -> None:
+    """Append a stream of observations to a memory, in segments of a good size."""
+    with Builder(memory) as builder:
+        for batch in batches:
+            builder.add(batch)
+
+
+def warn_if_in_sample(train_loss: float, held_out_loss: float | None, floor: float) -> None:
+    """Say so when residuals on the training data are too small to teach a memory anything.
+
+    Parameters
+    ----------
+    train_loss, held_out_loss : mean losses of the base, in one unit; None where no held-out data were given.
+    floor : a loss that counts as "knows it by heart".
+    """
+    advice = "pass out-of-fold predictions, or build the memory on data that the base was not trained on"
+    if held_out_loss is not None and train_loss < held_out_loss / 2:
+        warnings.warn(
+            f"the base's loss is {train_loss:.4g} on the memory's data and {held_out_loss:.4g} on held-out data, so "
+            f"its residuals there say little about new data; {advice}",
+            InSampleResiduals,
+            stacklevel=4,
+        )
+    elif train_loss < floor:
+        warnings.warn(
+            f"the base's loss on the memory's data is {train_loss:.4g}: it knows them by heart, and there is hardly a "
+            f"residual to memorize; {advice}",
+            InSampleResiduals,
+            stacklevel=4,
+        )
+
+
+def _width(observations: Observations) -> int | None:
+    return observations.predictions.indices.shape[1] if isinstance(observations.predictions, TopM) else None
+
+
+def _joined(predictions: list[Any]) -> Any:
+    if isinstance(predictions[0], TopM):
+        columns = ("indices", "probabilities", "rest")
+        return TopM(*(np.concatenate([getattr(batch, name) for batch in predictions]) for name in columns))
+    return np.concatenate(predictions)
+
+
+def _joined_groups(batches: list[Observations]) -> Any:
+    groups = [batch.groups for batch in batches if batch.groups is not None]
+    return np.concatenate(groups) if groups else None

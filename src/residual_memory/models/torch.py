@@ -1,0 +1,600 @@
+"""Any torch model: its memory built from a data set, its corrected predictions, and a form that can be exported."""
+
+import copy
+import difflib
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory.correction import correct, to_probabilities
+from residual_memory.errors import DimensionMismatch, InvalidInput, MissingExtra
+from residual_memory.evaluation import Setting
+from residual_memory.explanation import Explanation, explain
+from residual_memory.memory import Memory
+from residual_memory.memory.format import MANIFEST
+from residual_memory.models.base import Builder, Side, Source, warn_if_in_sample
+from residual_memory.progress import progress_bar
+from residual_memory.residuals import temper
+from residual_memory.types import Metric, Observations, Task
+from residual_memory.validation import as_count, as_predictions
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
+    from torch.utils.data import DataLoader, Dataset, Subset
+except ImportError as error:
+    raise MissingExtra("torch models", "torch") from error
+
+Outputs = Literal["logits", "probabilities", "log-probabilities"]
+Layer = str | Callable[[Any], Tensor] | None
+
+FULLY_HASHED = 256 << 20  # bytes of parameters; a larger model is hashed by a sample of each tensor
+HASHED_SAMPLE = 1 << 14
+HELD_OUT_ROWS = 2_000
+
+
+def build_memory(
+    model: nn.Module,
+    dataset: "Dataset[Any]",
+    path: str | os.PathLike[str] | None,
+    *,
+    layer: Layer = None,
+    side: Side = "input",
+    pool: int = 1,
+    predictions: ArrayLike | None = None,
+    held_out: "Dataset[Any] | None" = None,
+    task: Task | None = None,
+    outputs: Outputs = "logits",
+    n_outputs: int | None = None,
+    class_names: Sequence[str] | None = None,
+    metric: Metric = "euclidean",
+    key_dtype: str = "float32",
+    prediction_dtype: str = "float32",
+    batch_size: int = 256,
+    autocast: "torch.dtype | None" = None,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    verbose: bool = True,
+) -> Memory:
+    """Run a model once over its data and keep what it could not learn.
+
+    A build that was interrupted, by Ctrl-C or by a kill, goes on where it was when it is called again with the same
+    arguments; a finished one is opened.
+
+    Parameters
+    ----------
+    model : any classifier or regressor; put into eval mode for the time of the build, on whatever device it is.
+    dataset : items (x, y), the same whenever they are read: no random augmentation. Rows get their index as id.
+    path : directory of the memory; None keeps it in RAM.
+    layer : dotted name of the module whose `side` gives the keys, or a function from the batch's inputs to keys [b d].
+        None takes the input of the last Linear that runs, and says so.
+    side : "input" or "output" of the layer.
+    pool : cells a side to which feature maps [b c h w] are averaged: 1 gives c numbers, 2 gives 4 c, … Sequences
+        [b t d] are averaged over t.
+    predictions : out-of-fold predictions [n c] (probabilities, or values) to keep in place of the model's own: right
+        when the model knows its training data much better than other data.
+    held_out : data that the model was not trained on; a sample of it tells whether the residuals mean anything.
+    task : None reads it off: integer labels and several outputs are a classification.
+    outputs : what the model gives for a classification.
+    n_outputs : more classes than the model's leave room for ones that it never saw.
+    class_names : by default those of `dataset.classes`.
+    metric, key_dtype, prediction_dtype : as in `Memory.create`.
+    batch_size : has no effect on the result beyond rounding.
+    autocast : torch.bfloat16 or torch.float16 for a faster pass.
+    num_workers, collate_fn : of the data loader.
+    verbose : say what was chosen, and show progress, on stderr.
+
+    Returns
+    -------
+    The memory, open for writing.
+
+    Raises
+    ------
+    InvalidInput : if the data set changes between reads, the layer is not there or does not run exactly once, or the
+        labels do not fit.
+    FingerprintMismatch : if `path` holds a memory of another model, layer or data set.
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
+    """
+    n_rows = len(dataset)  # type: ignore[arg-type]
+    if n_rows == 0:
+        raise InvalidInput("the data set is empty: there is nothing to memorize")
+    first = _first_item(dataset)
+    collate = collate_fn or torch.utils.data.default_collate
+    watch = Watch(model, layer, side, pool=pool, outputs=outputs, task=task, autocast=autocast)
+    probe = watch.observe(*_inputs_and_labels(collate([first])))
+    chosen_task = watch.task
+    if verbose:
+        print(f"keys: {watch.side} of {watch.layer_name!r}, {probe.keys.shape[1]} numbers", file=sys.stderr)
+    source = watch.source({"n_rows": n_rows, "first_item": _digest_of_item(first)})
+    own = _out_of_fold(predictions, chosen_task, n_rows)
+    width = probe.predictions.shape[1] if own is None else own.shape[1]  # type: ignore[union-attr]
+    memory = _opened(
+        path,
+        source,
+        dim=probe.keys.shape[1],
+        n_outputs=as_count("n_outputs", width if n_outputs is None else n_outputs),
+        task=chosen_task,
+        metric=metric,
+        class_names=class_names or getattr(dataset, "classes", None),
+        key_dtype=key_dtype,
+        prediction_dtype=prediction_dtype,
+    )
+    if Source.from_dict(memory.source or {}).complete:
+        return memory
+    missing = np.setdiff1d(np.arange(n_rows), memory.ids)
+    loader = DataLoader(
+        Subset(dataset, missing.tolist()),
+        as_count("batch_size", batch_size),
+        num_workers=num_workers,
+        collate_fn=collate,
+    )
+    losses = []
+    n_done = n_rows - len(missing)
+    with progress_bar("building", n_rows, done=n_done, shown=verbose) as advance, Builder(memory) as builder:
+        start = 0
+        for batch in loader:
+            seen = watch.observe(*_inputs_and_labels(batch))
+            ids = missing[start : start + len(seen)]
+            start += len(seen)
+            if own is not None:
+                seen = replace(seen, predictions=own[ids])
+            else:
+                losses.append(_losses(seen, chosen_task))
+            builder.add(replace(seen, ids=ids))
+            advance(len(seen))
+    memory.save_source(replace(source, complete=True).to_dict())
+    if losses:
+        _warn(watch, np.concatenate(losses), held_out, batch_size, collate)
+    return memory
+
+
+class Watch:
+    """A model with an eye on one of its layers: from a batch to predictions and keys, in one pass.
+
+    The hook lives only while a batch is observed; it and the training mode are put back on errors too.
+
+    Parameters
+    ----------
+    model, layer, side, pool, outputs, task, autocast : as in `build_memory`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Layer = None,
+        side: Side = "input",
+        *,
+        pool: int = 1,
+        outputs: Outputs = "logits",
+        task: Task | None = None,
+        autocast: "torch.dtype | None" = None,
+    ) -> None:
+        for name, found, allowed in (("side", side, Side), ("outputs", outputs, Outputs)):
+            if found not in get_args(allowed):
+                raise InvalidInput(f"{name} is {found!r}, expected one of {', '.join(map(repr, get_args(allowed)))}")
+        self.model, self.side, self.pool = model, side, as_count("pool", pool)
+        self._layer, self._outputs, self._task, self._autocast = layer, outputs, task, autocast
+        if isinstance(layer, str):
+            _module_named(model, layer)
+
+    @property
+    def task(self) -> Task:
+        """Known once a labelled batch was observed, or given."""
+        if self._task is None:
+            raise InvalidInput("the task is not known yet: give task='classification' or 'regression'")
+        return self._task
+
+    @property
+    def layer_name(self) -> str:
+        """Dotted name of the layer, or the name of the function that gives keys."""
+        if callable(self._layer):
+            return f"{self._layer.__module__}:{getattr(self._layer, '__qualname__', type(self._layer).__qualname__)}"
+        return self._layer or ""
+
+    def source(self, data: Mapping[str, Any]) -> Source:
+        """The fingerprint of model and layer, with what is known of the data."""
+        return Source(fingerprint(self.model), self.layer_name, self.side, self.pool, dict(data))
+
+    def observe(self, inputs: Any, labels: Any) -> Observations:
+        """Keys and predictions of a labelled batch; ids are left to the caller."""
+        raw, keys = self.run(inputs)
+        targets = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        if self._task is None:
+            discrete = targets.dtype.kind in "iu" and targets.ndim == 1 and raw.shape[1] > 1
+            self._task = "classification" if discrete else "regression"
+        predictions = self.predictions(raw).cpu().numpy()
+        return Observations(np.arange(len(keys)), keys.cpu().numpy(), targets, predictions)
+
+    def run(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Outputs [b c] and keys [b d] of a batch, float32, on the model's device."""
+        if self._layer is None:
+            self._layer = _last_linear(self.model, lambda: self._forward(inputs))
+        if callable(self._layer):
+            raw = self._forward(inputs)
+            with torch.inference_mode():
+                keys = self._layer(_moved(inputs, _device(self.model)))
+        else:
+            with _captured(_module_named(self.model, self._layer), self.side) as caught:
+                raw = self._forward(inputs)
+            keys = _only(caught, self._layer)
+        return _tensor_of(raw), pooled(keys, self.pool)
+
+    def predictions(self, raw: Tensor) -> Tensor:
+        """Probabilities [b c], or values [b c], from the model's outputs."""
+        if self.task == "regression" or self._outputs == "probabilities":
+            return raw
+        return raw.softmax(1) if self._outputs == "logits" else raw.exp()
+
+    def _forward(self, inputs: Any) -> Any:
+        device = _device(self.model)
+        moved = _moved(inputs, device)
+        with _evaluating(self.model), torch.inference_mode():
+            with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
+                if isinstance(moved, Mapping):
+                    return self.model(**moved)
+                return self.model(*moved) if isinstance(moved, tuple | list) else self.model(moved)
+
+
+class ResMemModule(nn.Module):
+    """A model and its memory as one module: forward gives corrected log-probabilities, or corrected values.
+
+    Parameters
+    ----------
+    model : the one that the memory was built with.
+    memory : from `build_memory`.
+    setting : by default the one that tuning saved with the memory; failing that the paper's method with k = 50.
+    layer : only for a memory whose keys come from a function, or that was filled by hand.
+    side, pool : only for a memory that was filled by hand.
+    outputs, autocast : as in `build_memory`.
+    index, max_weight : as in `ResidualKNN`.
+
+    Raises
+    ------
+    FingerprintMismatch : if the memory was built with another model or layer.
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        memory: Memory,
+        *,
+        setting: Setting | None = None,
+        layer: Layer = None,
+        side: Side = "input",
+        pool: int = 1,
+        outputs: Outputs = "logits",
+        autocast: "torch.dtype | None" = None,
+        index: str = "auto",
+        max_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if memory.source is not None:
+            built = Source.from_dict(memory.source)
+            layer = layer if callable(layer) else built.layer
+            side, pool = built.side, built.pool
+        self.model, self.memory = model, memory
+        self._watch = Watch(model, layer, side, pool=pool, outputs=outputs, task=memory.layout.task, autocast=autocast)
+        if memory.source is not None:
+            built.check(self._watch.source(built.data), _place(memory), data=False)
+        self.setting = setting or Setting.from_dict(memory.setting or {})
+        self.knn = self.setting.knn(memory, index=index, max_weight=max_weight)
+
+    def forward(self, inputs: Any) -> Float[Tensor, "b c"]:
+        """Log-probabilities [b c] of a classification, values [b c] of a regression, on the model's device."""
+        raw, keys = self._watch.run(inputs)
+        base = self._base(raw)
+        residual = self.knn(keys.cpu().numpy()) if self.setting.shrinkage else np.zeros(base.shape, base.dtype)
+        scores = correct(base, residual, self.setting.shrinkage)
+        if self.memory.layout.task == "classification":
+            scores = np.log(to_probabilities(scores, base))
+        return torch.from_numpy(scores).to(raw.device)
+
+    def explain(self, inputs: Any) -> Explanation:
+        """Which memories correct each prediction, and by how much."""
+        raw, keys = self._watch.run(inputs)
+        return explain(self.knn, keys.cpu().numpy(), self._base(raw), shrinkage=self.setting.shrinkage)
+
+    def _base(self, raw: Tensor) -> Float[ndarray, "b c"]:
+        layout = self.memory.layout
+        said = as_predictions(self._watch.predictions(raw).cpu().numpy(), layout.task, layout.n_outputs)
+        values = np.asarray(said)
+        return temper(values, self.setting.temperature) if layout.task == "classification" else values
+
+
+class Exportable(nn.Module):
+    """A copy of a model whose forward gives (outputs, keys) and needs no hooks: see `exportable`."""
+
+    def __init__(self, model: nn.Module, layer: str, side: Side, pool: int) -> None:
+        super().__init__()
+        self._caught: list[Tensor] = []
+        self.model, self._pool, self._name = copy.deepcopy(model).eval(), pool, layer
+        parent_name, _, name = layer.rpartition(".")
+        parent = _module_named(self.model, parent_name) if parent_name else self.model
+        setattr(parent, name, _Recorder(_module_named(self.model, layer), side, self._caught))
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        self._caught.clear()
+        raw = self.model(*inputs)
+        keys = _only(self._caught, self._name)
+        self._caught.clear()
+        return _tensor_of(raw), pooled(keys, self._pool)
+
+
+def exportable(model: nn.Module, memory: Memory) -> Exportable:
+    """A module for torch.export, ONNX and the like: forward(x) gives (outputs [b c], keys [b d]) in one graph.
+
+    Exporters drop hooks, so the layer is wrapped in a copy of the model instead. At the other end:
+    `correct(temper(softmax(outputs), T), knn(keys), shrinkage)`.
+
+    Raises
+    ------
+    InvalidInput : if the memory's keys come from a function: export that function by itself.
+    FingerprintMismatch : if the memory was built with another model.
+    """
+    if memory.source is None:
+        raise InvalidInput("the memory does not say which layer its keys come from; build it with build_memory")
+    built = Source.from_dict(memory.source)
+    if ":" in built.layer:
+        raise InvalidInput(f"the keys come from the function {built.layer!r}, not from a layer: export it by itself")
+    watch = Watch(model, built.layer, built.side, pool=built.pool)
+    built.check(watch.source(built.data), _place(memory), data=False)
+    return Exportable(model, built.layer, built.side, built.pool)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Class and SHA-256 of a model's parameters and buffers: names, types, shapes and values.
+
+    Models of more than 256 MiB are hashed by evenly spaced values of each tensor.
+    """
+    state = model.state_dict()
+    total = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().reshape(-1)
+        if total > FULLY_HASHED and flat.numel() > HASHED_SAMPLE:
+            flat = flat[torch.linspace(0, flat.numel() - 1, HASHED_SAMPLE, device=flat.device).long()]
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    kind = type(model)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "sha256": digest.hexdigest()}
+
+
+def pooled(keys: Tensor, pool: int) -> Float[Tensor, "b d"]:
+    """Keys [b d] from what a layer gives: feature maps are averaged to pool × pool cells, sequences over time."""
+    keys = keys.float()
+    if keys.ndim == 3:
+        return keys.mean(1)
+    if keys.ndim == 4:
+        return functional.adaptive_avg_pool2d(keys, pool).flatten(1)
+    if keys.ndim == 5:
+        return functional.adaptive_avg_pool3d(keys, pool).flatten(1)
+    if keys.ndim != 2:
+        raise InvalidInput(
+            f"the layer gives a tensor of shape {tuple(keys.shape)}, expected a batch of vectors or maps"
+        )
+    return keys
+
+
+class _Recorder(nn.Module):
+    """A layer that notes what goes in, or comes out."""
+
+    def __init__(self, layer: nn.Module, side: Side, caught: list[Tensor]) -> None:
+        super().__init__()
+        self.layer, self._side, self._caught = layer, side, caught
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        result = self.layer(*inputs, **options)
+        self._caught.append(_first_tensor(inputs if self._side == "input" else result))
+        return result
+
+
+@contextmanager
+def _captured(layer: nn.Module, side: Side) -> Iterator[list[Tensor]]:
+    """What passes through the layer on this thread while the context lasts."""
+    caught: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any = None) -> None:
+        del module
+        if threading.get_ident() == thread:
+            caught.append(_first_tensor((*inputs, *options.values()) if side == "input" else result))
+
+    if side == "input":
+        handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    else:
+        handle = layer.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets back its own mode."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _last_linear(model: nn.Module, forward: Callable[[], Any]) -> str:
+    """The Linear that runs last in a forward pass."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ran: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: ran.append(name))
+        for name, module in linears.items()
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        known = ", ".join(name for name, _ in model.named_children())
+        raise InvalidInput(f"the model runs no Linear, so the layer must be named; its parts are: {known or 'none'}")
+    return ran[-1]
+
+
+def _module_named(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        names = [known for known, _ in model.named_modules() if known]
+        close = difflib.get_close_matches(name, names, 3) or names[-5:]
+        raise InvalidInput(f"the model has no layer {name!r}; did you mean {' or '.join(map(repr, close))}?") from None
+
+
+def _only(caught: Sequence[Tensor], name: str) -> Tensor:
+    if len(caught) != 1:
+        raise InvalidInput(
+            f"the layer {name!r} ran {len(caught)} times in one forward pass, expected once; name another layer"
+        )
+    return caught[0]
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    for part in parts:
+        if isinstance(part, Tensor):
+            return part
+    raise InvalidInput(f"the layer passes a {type(value).__name__} without a tensor in it; name another layer")
+
+
+def _tensor_of(raw: Any) -> Float[Tensor, "b c"]:
+    """The outputs in what a model gave: a tensor, something with .logits, or the first tensor of a tuple."""
+    tensor = raw.logits if hasattr(raw, "logits") else _first_tensor(raw)
+    tensor = tensor.float()
+    tensor = tensor[:, None] if tensor.ndim == 1 else tensor
+    if tensor.ndim != 2:
+        raise InvalidInput(
+            f"the model's output has shape {tuple(tensor.shape)}, expected one row of outputs an example"
+        )
+    return tensor
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        return {name: _moved(value, device) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(_moved(value, device) for value in inputs)
+    return inputs
+
+
+def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InvalidInput(f"an item of the data set is a {type(batch).__name__}, expected a pair (x, y)")
+    return batch[0], batch[1]
+
+
+def _first_item(dataset: "Dataset[Any]") -> Any:
+    """Item 0, after making sure that it is the same when read again."""
+    first, again = dataset[0], dataset[0]
+    if _digest_of_item(first) != _digest_of_item(again):
+        raise InvalidInput(
+            "item 0 of the data set differs when it is read twice: switch random augmentation off for the build"
+        )
+    return first
+
+
+def _digest_of_item(item: Any) -> str:
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Mapping):
+            for name in sorted(part):
+                add(name)
+                add(part[name])
+        elif isinstance(part, tuple | list):
+            for value in part:
+                add(value)
+        else:
+            array = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(repr(part).encode() if array.dtype == object else array.tobytes())
+
+    add(item)
+    return digest.hexdigest()
+
+
+def _out_of_fold(predictions: ArrayLike | None, task: Task, n_rows: int) -> Float[ndarray, "n c"] | None:
+    if predictions is None:
+        return None
+    checked = np.asarray(as_predictions(predictions, task))
+    if len(checked) != n_rows:
+        raise DimensionMismatch(f"there are {len(checked):,} out-of-fold predictions for {n_rows:,} examples")
+    return checked
+
+
+def _opened(path: str | os.PathLike[str] | None, source: Source, **options: Any) -> Memory:
+    """A new memory, or the one that an earlier call began."""
+    if path is None or not os.path.exists(os.path.join(path, MANIFEST)):
+        return Memory.create(path, source=source.to_dict(), **options)
+    memory = Memory.open(path, writable=True)
+    try:
+        if memory.source is None:
+            raise InvalidInput(f"{path} holds a memory that was not built from a model; name another path")
+        Source.from_dict(memory.source).check(source, _place(memory), data=True)
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _place(memory: Memory) -> str:
+    return "in RAM" if memory.path is None else f"at {memory.path}"
+
+
+def _losses(seen: Observations, task: Task) -> Float[ndarray, " b"]:
+    predictions = np.asarray(seen.predictions, np.float64)
+    if task == "classification":
+        return -np.log(np.maximum(predictions[np.arange(len(seen)), seen.labels], 1e-12))
+    return ((predictions - seen.labels.reshape(predictions.shape)) ** 2).mean(axis=1)
+
+
+def _warn(
+    watch: Watch, losses: ndarray, held_out: "Dataset[Any] | None", batch_size: int, collate: Callable[[list[Any]], Any]
+) -> None:
+    other = None
+    if held_out is not None:
+        n = len(held_out)  # type: ignore[arg-type]
+        rows = np.unique(np.linspace(0, n - 1, min(n, HELD_OUT_ROWS)).astype(int))
+        loader = DataLoader(Subset(held_out, rows.tolist()), batch_size, collate_fn=collate)
+        seen = [watch.observe(*_inputs_and_labels(batch)) for batch in loader]
+        other = float(np.concatenate([_losses(some, watch.task) for some in seen]).mean())
+    floor = 1e-2 if watch.task == "classification" else 0.0
+    warn_if_in_sample(float(losses.mean()), other, floor)

@@ -1,0 +1,204 @@
+"""Choose k, bandwidth, temperature and shrinkage on held-out rows, from one search.
+
+The neighbours are searched once, at the largest k; after that every setting costs one small matrix product. The figures
+are cross-fitted: each fifth of the rows is measured with the setting that the other four fifths chose.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64, Shaped
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory.correction import ResidualKNN, label_average
+from residual_memory.errors import InvalidInput
+from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
+from residual_memory.kernels import kernel_named
+from residual_memory.memory import Memory, Snapshot
+from residual_memory.residuals import tempered
+from residual_memory.types import Neighbors
+from residual_memory.validation import as_count, as_positive
+
+N_NEIGHBORS = (1, 2, 5, 10, 20, 50, 100, 200)
+BANDWIDTHS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+TEMPERATURES = (0.7, 1.0, 1.4, 2.0)
+SHRINKAGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class TuningResult(Evaluation):
+    """What tuning chose, and what it is worth on rows that did not choose it.
+
+    Attributes
+    ----------
+    best : the setting chosen on all held-out rows; its shrinkage is 0 where the memory does not help.
+    best_memory_only : the best setting of the labels alone.
+    """
+
+    best: Setting = field(default_factory=Setting)
+    best_memory_only: Setting = field(default_factory=Setting)
+
+
+def tune(
+    memory: Memory,
+    keys: ArrayLike,
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    *,
+    metric: Metric | None = None,
+    n_neighbors: Sequence[int] = N_NEIGHBORS,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    temperatures: Sequence[float] = TEMPERATURES,
+    shrinkages: Sequence[float] = SHRINKAGES,
+    kernel: str = "exponential",
+    index: str = "auto",
+    groups: ArrayLike | None = None,
+    exclude: ArrayLike | None = None,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> TuningResult:
+    """Choose the best setting on held-out rows and measure it by cross-fitting.
+
+    Parameters
+    ----------
+    memory : rows that the held-out ones are not among (or pass `exclude`).
+    keys, labels, predictions : held-out rows: keys [q d], labels, base predictions at temperature 1.
+    metric : what to choose by: "accuracy" or "log_loss" for classification, "rmse" for regression.
+    n_neighbors : values of k to try; those above the number of rows are left out.
+    bandwidths : values of sigma to try, as multiples of the median distance to the k-th neighbour.
+    temperatures : values of T; 1 alone for regression and for top-m memories.
+    shrinkages : values of lambda; 0 is always tried.
+    kernel, index : as in `ResidualKNN`.
+    groups : rows of one group (a document) are never split between choosing and measuring.
+    exclude : as in `ResidualKNN.__call__`.
+    n_folds : parts of the cross-fitting.
+    seed : of the folds.
+
+    Raises
+    ------
+    InvalidInput, DimensionMismatch : if the rows do not fit the memory, or a list is empty.
+    """
+    rows = HeldOut.checked(memory, keys, labels, predictions, metric)
+    if len(rows.keys) < as_count("n_folds", n_folds):
+        raise InvalidInput(f"there are {len(rows.keys)} held-out rows for {n_folds} folds; give more rows")
+    snapshot, found, counts = _search(memory, rows.keys, n_neighbors, kernel, index, exclude)
+    shapes = [
+        Setting(k, scale * _typical(found, k), kernel=kernel)
+        for k, scale in product(counts, [as_positive("bandwidth", value) for value in bandwidths])
+    ]
+    exact_temperatures = memory.layout.task == "regression" or memory.layout.residuals == "top-m"
+    candidates, losses, alone = _losses_of_all(
+        rows, snapshot, found, shapes, (1.0,) if exact_temperatures else temperatures, sorted({0.0, *shrinkages})
+    )
+    base = rows.losses(rows.predictions, rows.predictions)
+    folds = _folds(len(base), groups, n_folds, seed)
+    measured = summarize(
+        rows.metric,
+        base=base,
+        memory_only=_crossfitted(alone, folds),
+        corrected=_crossfitted(losses, folds),
+        groups=groups,
+    )
+    best = candidates[int(losses.mean(axis=1).argmin())]
+    return TuningResult(
+        **vars(measured),
+        best=best if measured.helps else best.without_memory(),
+        best_memory_only=shapes[int(alone.mean(axis=1).argmin())],
+    )
+
+
+def _search(
+    memory: Memory, keys: ndarray, n_neighbors: Sequence[int], kernel: str, index: str, exclude: ArrayLike | None
+) -> tuple[Snapshot, Neighbors, list[int]]:
+    """The neighbours at the largest k that the memory has rows for, and the values of k that are left."""
+    wanted = sorted({as_count("n_neighbors", k) for k in n_neighbors})
+    if not wanted:
+        raise InvalidInput("n_neighbors is empty, expected at least one value to try")
+    counts = [k for k in wanted if k <= len(memory)] or [max(len(memory), 1)]
+    knn = ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, kernel=kernel, index=index)
+    snapshot, found = knn.search(keys, counts[-1], exclude)
+    return snapshot, found, counts
+
+
+def _typical(found: Neighbors, k: int) -> float:
+    """Median distance to the k-th neighbour over the held-out rows; 1 where all distances are 0."""
+    distances = found.distances[:, k - 1]
+    present = distances[np.isfinite(distances)]
+    return (float(np.median(present)) or float(present.mean()) or 1.0) if len(present) else 1.0
+
+
+def _losses_of_all(
+    rows: HeldOut,
+    snapshot: Snapshot,
+    found: Neighbors,
+    shapes: Sequence[Setting],
+    temperatures: Sequence[float],
+    shrinkages: Sequence[float],
+) -> tuple[list[Setting], Float32[ndarray, "s q"], Float32[ndarray, "r q"]]:
+    """Per-row losses of every setting, and of the labels alone for every k and bandwidth."""
+    candidates = [
+        Setting(shape.n_neighbors, shape.bandwidth, temperature, shrinkage, shape.kernel)
+        for temperature, shrinkage, shape in product(temperatures, shrinkages, shapes)
+    ]
+    n, k, n_outputs = len(rows.keys), found.rows.shape[1], rows.predictions.shape[1]
+    losses = np.empty((len(candidates), n), np.float32)
+    alone = np.empty((len(shapes), n), np.float32)
+    step = max(1, BLOCK_BYTES // (8 * n_outputs * max(k, len(shapes))))
+    for start in range(0, n, step):
+        here = slice(start, start + step)
+        some = HeldOut(rows.metric, rows.keys[here], rows.labels[here], rows.predictions[here])
+        listed = Neighbors(found.distances[here], found.rows[here])
+        weights = _weights(listed, shapes)
+        averages = label_average(snapshot, listed.rows, weights)
+        for place in range(len(shapes)):
+            alone[place, here] = some.losses_alone(averages[:, place])
+        place = 0
+        for temperature in temperatures:
+            corrections = _corrections(snapshot, listed.rows, weights, temperature)
+            base = tempered(some.predictions, temperature)
+            for shrinkage in shrinkages:
+                for shape in range(len(shapes)):
+                    scores = base + np.asarray(shrinkage, base.dtype) * corrections[:, shape].astype(base.dtype)
+                    losses[place, here] = some.losses(scores, base)
+                    place += 1
+    return candidates, losses, alone
+
+
+def _weights(found: Neighbors, shapes: Sequence[Setting]) -> Float[ndarray, "q s k"]:
+    weights = np.zeros((len(found.rows), len(shapes), found.rows.shape[1]), np.float32)
+    for place, shape in enumerate(shapes):
+        k = shape.n_neighbors
+        weights[:, place, :k] = kernel_named(shape.kernel)(found.distances[:, :k], float(shape.bandwidth))
+    return weights
+
+
+def _corrections(
+    snapshot: Snapshot, rows: Int64[ndarray, "q k"], weights: Float[ndarray, "q s k"], temperature: float
+) -> Float[ndarray, "q s c"]:
+    """Σ w r for every k and bandwidth at once."""
+    shape = (*rows.shape, snapshot.layout.n_outputs)
+    if not snapshot.n_rows:
+        return np.zeros((*weights.shape[:2], snapshot.layout.n_outputs), np.float32)
+    residuals = snapshot.residuals(np.maximum(rows, 0).ravel(), temperature).reshape(shape)
+    return np.matmul(weights.astype(residuals.dtype), residuals)
+
+
+def _folds(n: int, groups: ArrayLike | None, n_folds: int, seed: int) -> Int64[ndarray, " q"]:
+    names: Shaped[ndarray, " q"] = np.arange(n) if groups is None else np.asarray(groups)
+    owner = np.unique(names, return_inverse=True)[1]
+    count = int(owner.max()) + 1
+    return np.random.default_rng(seed).permutation(np.arange(count) % n_folds)[owner]
+
+
+def _crossfitted(losses: Float32[ndarray, "s q"], folds: Int64[ndarray, " q"]) -> Float[ndarray, " q"]:
+    """The loss of each row under the setting that the rows of the other folds choose."""
+    measured = np.empty(losses.shape[1])
+    for fold in np.unique(folds):
+        inside = folds == fold
+        chosen = losses[:, ~inside].mean(axis=1).argmin()
+        measured[inside] = losses[chosen, inside]
+    return measured
