@@ -17,17 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from residual_memory.demo.cifar100 import find_cifar100, read_cifar100
-from residual_memory.demo.resnet import CifarResNet
+from residual_memory.demo.cifar100 import find_cifar100, held_out_split, read_cifar100
+from residual_memory.demo.resnet import CifarResNet, channels_last
 
-SPLIT_SEED = 20230208  # of the permutation whose first 45,000 images are trained on and whose last 5,000 are held out
 PEAK_LEARNING_RATE, WEIGHT_DECAY, BATCH = 0.2, 5e-4, 128
-
-
-def held_out_split(n: int = 50_000, n_held_out: int = 5_000) -> tuple[np.ndarray, np.ndarray]:
-    """The fixed split of the training images: (rows to train on, rows held out), both ascending."""
-    order = np.random.default_rng(SPLIT_SEED).permutation(n)
-    return np.sort(order[:-n_held_out]), np.sort(order[-n_held_out:])
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -44,7 +37,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(images: Tensor, labels: Tensor, *, depth: int, n_epochs: int, seed: int, checkpoint: Path) -> nn.Module:
     """Train from scratch, or go on from `checkpoint`; images are uint8 [n 3 32 32]."""
     torch.manual_seed(seed)
-    network = CifarResNet(depth).to(memory_format=torch.channels_last)
+    network = channels_last(CifarResNet(depth))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     n_batches = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -68,7 +61,7 @@ def train(images: Tensor, labels: Tensor, *, depth: int, n_epochs: int, seed: in
                 logits = network(batch.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += loss.item()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from residual_memory.evaluation import Evaluation, Setting, evaluate
     from residual_memory.explanation import Explanation, explain
     from residual_memory.memory import Memory
-    from residual_memory.models.torch import ResMemModule, build_memory, exportable
+    from residual_memory.models.torch import ResMemModule, build_memory, exportable, observe
     from residual_memory.residuals import temper, top_m
     from residual_memory.tuning import TuningResult, tune
     from residual_memory.types import Neighbors, Observations, TopM
@@ -32,6 +32,7 @@ _ROOMS = {
     "ResMemModule": "models.torch",
     "build_memory": "models.torch",
     "exportable": "models.torch",
+    "observe": "models.torch",
     "temper": "residuals",
     "top_m": "residuals",
     "Evaluation": "evaluation",
@@ -62,6 +63,7 @@ __all__ = [
     "evaluate",
     "explain",
     "exportable",
+    "observe",
     "temper",
     "to_probabilities",
     "top_m",

@@ -146,7 +146,8 @@ class ResidualKNN:
         InvalidInput, DimensionMismatch : if the keys do not fit the memory.
         """
         state, found = self._search(keys, self.n_neighbors, exclude)
-        return _weighted_sum(state, found.rows, self._weights(found.distances), self.temperature)
+        weights = self._weights(found.distances)
+        return residual_average(state.snapshot, found.rows, weights, self.temperature, state.table)
 
     def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
         """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""
@@ -162,7 +163,7 @@ class ResidualKNN:
         """The neighbours and what each adds to the residual; summed over k it is what `__call__` gives."""
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(found.distances)
-        parts = weights[..., None] * _gathered(state, found.rows, self.temperature)
+        parts = weights[..., None] * _gathered(state.snapshot, found.rows, self.temperature, state.table)
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
 
     def search(self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None) -> tuple[Snapshot, Neighbors]:
@@ -301,28 +302,41 @@ def label_average(
     return np.matmul(weights.astype(dtype), targets)
 
 
-def _weighted_sum(
-    state: _State, rows: Int64[ndarray, "q k"], weights: Float[ndarray, "q k"], temperature: float
+def residual_average(
+    snapshot: Snapshot,
+    rows: Int64[ndarray, "q k"],
+    weights: Float[ndarray, "q k"],
+    temperature: float,
+    table: Float[ndarray, "n c"] | None = None,
 ) -> Float[ndarray, "q c"]:
-    """Σ w r over the neighbours: the third seam."""
-    n_outputs = state.snapshot.layout.n_outputs
-    dtype = _computing_dtype(state.snapshot)
+    """Σ w r over the neighbours: the third seam.
+
+    Parameters
+    ----------
+    rows, weights : of the neighbours; what weighs 0 has no effect.
+    table : the residuals of all rows, where they are at hand.
+    """
+    n_outputs = snapshot.layout.n_outputs
+    dtype = _computing_dtype(snapshot)
     total = np.zeros((len(rows), n_outputs), dtype)
     weights = weights.astype(dtype)
     for piece in _pieces(len(rows), rows.shape[1] * n_outputs * total.itemsize):
-        np.matmul(weights[piece, None, :], _gathered(state, rows[piece], temperature), out=total[piece, None, :])
+        np.matmul(
+            weights[piece, None, :], _gathered(snapshot, rows[piece], temperature, table), out=total[piece, None, :]
+        )
     return total
 
 
-def _gathered(state: _State, rows: Int64[ndarray, "q k"], temperature: float) -> Float[ndarray, "q k c"]:
+def _gathered(
+    snapshot: Snapshot, rows: Int64[ndarray, "q k"], temperature: float, table: Float[ndarray, "n c"] | None
+) -> Float[ndarray, "q k c"]:
     """The residual of every neighbour; what stands for a missing one has no meaning, its weight is 0."""
-    snapshot = state.snapshot
     shape = (*rows.shape, snapshot.layout.n_outputs)
     if not snapshot.n_rows:
         return np.zeros(shape, _computing_dtype(snapshot))
     present = np.maximum(rows, 0)
-    if state.table is not None:
-        return np.take(state.table, present, axis=0)
+    if table is not None:
+        return np.take(table, present, axis=0)
     return snapshot.residuals(present.ravel(), temperature).reshape(shape)
 
 

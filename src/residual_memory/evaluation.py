@@ -9,8 +9,9 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import ResidualKNN, correct, to_probabilities
+from residual_memory.correction import ResidualKNN, correct, label_average, residual_average, to_probabilities
 from residual_memory.errors import InvalidInput
+from residual_memory.kernels import kernel_named
 from residual_memory.memory import Memory
 from residual_memory.metrics import Estimate, bootstrap_interval, correctness, log_losses, mean_interval, squared_errors
 from residual_memory.residuals import tempered
@@ -152,17 +153,55 @@ def evaluate(
     InvalidInput, DimensionMismatch : if the rows do not fit the memory.
     """
     rows = HeldOut.checked(memory, keys, labels, predictions, metric)
-    knn = setting.knn(memory, index=index)
-    base = tempered(rows.predictions, setting.temperature) if setting.shrinkage else rows.predictions
-    scores = correct(base, knn(rows.keys, exclude), setting.shrinkage)
-    alone = (knn if memory_only is None else memory_only.knn(memory, index=index)).memory_only(rows.keys, exclude)
+    said = corrected_predictions(
+        memory, rows.keys, rows.predictions, setting, memory_only=memory_only, index=index, exclude=exclude
+    )
     return summarize(
         rows.metric,
         base=rows.losses(rows.predictions, rows.predictions),
-        memory_only=rows.losses_alone(alone),
-        corrected=rows.losses(scores, base),
+        memory_only=rows.losses_alone(said.memory_only),
+        corrected=rows.losses(said.corrected, said.base),
         groups=groups,
     )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What three methods say of the same queries.
+
+    Attributes
+    ----------
+    base : predictions at the setting's temperature.
+    memory_only : the neighbours' labels alone.
+    corrected : scores; `to_probabilities(corrected, base)` makes them valid.
+    """
+
+    base: Float[ndarray, "q c"]
+    memory_only: Float[ndarray, "q c"]
+    corrected: Float[ndarray, "q c"]
+
+
+def corrected_predictions(
+    memory: Memory,
+    keys: Float[ndarray, "q d"],
+    predictions: Float[ndarray, "q c"],
+    setting: Setting,
+    *,
+    memory_only: Setting | None = None,
+    index: str = "auto",
+    exclude: ArrayLike | None = None,
+) -> Predicted:
+    """Base, memory-only and corrected predictions from one search; parameters as in `evaluate`."""
+    knn, alone = setting.knn(memory, index=index), memory_only or setting
+    counts = min(setting.n_neighbors, max(len(memory), 1)), min(alone.n_neighbors, max(len(memory), 1))
+    snapshot, found = knn.search(keys, max(counts), exclude)
+    weights = kernel_named(setting.kernel)(found.distances[:, : counts[0]], knn.bandwidth)
+    sigma = knn.bandwidth if isinstance(alone.bandwidth, str) else alone.bandwidth
+    label_weights = kernel_named(alone.kernel)(found.distances[:, : counts[1]], sigma)
+    base = tempered(predictions, setting.temperature) if setting.shrinkage else predictions
+    residual = residual_average(snapshot, found.rows[:, : counts[0]], weights, setting.temperature)
+    labels = label_average(snapshot, found.rows[:, : counts[1]], label_weights[:, None, :])
+    return Predicted(base, labels[:, 0], correct(base, residual, setting.shrinkage))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ N_IMAGES = {"train": 50_000, "test": 10_000}
 N_CLASSES = 100
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 ARCHIVE_MD5 = "03b5dce01913d631647c71ecec9e9cb8"
+SPLIT_SEED = 20230208  # of the permutation whose last 5,000 training images are held out
 # Of the pixels alone, as [n, 3, 32, 32] bytes: the same for the binary and the python version.
 PIXELS_SHA256 = {
     "train": "de64658905c6b161606e3649ddafce7cf86c7634a0cf9116d518e64ef46a33c5",
@@ -48,6 +49,12 @@ class Cifar100:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def held_out_split(n: int = 50_000, n_held_out: int = 5_000) -> tuple[Int64[ndarray, " n"], Int64[ndarray, " h"]]:
+    """The fixed split of the training images: (rows to train on, rows held out), both ascending."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(n)
+    return np.sort(order[:-n_held_out]), np.sort(order[-n_held_out:])
 
 
 def user_cache() -> Path:

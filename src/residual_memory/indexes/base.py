@@ -1,6 +1,6 @@
 """What an index is, and the one search that every engine goes through.
 
-An engine proposes a shortlist; the search re-scores it pair by pair in float64 from the stored keys, orders it by
+An engine proposes a shortlist; the search re-scores it pair by pair from the stored keys, orders it by
 (distance, id) and, where the engine can promise it, proves that nothing nearer was left out. So an answer depends
 neither on the engine's arithmetic, nor on blocks, parts or the order of the rows.
 """
@@ -30,6 +30,9 @@ class KeySource(Protocol):
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "... d"]: ...
 
@@ -114,12 +117,18 @@ def nearest(
 def pair_distances(
     keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
 ) -> Float[ndarray, "q s"]:
-    """Euclidean distances between each query and its rows, in float64; +inf where a row is −1."""
+    """Euclidean distances between each query and its rows; +inf where a row is −1.
+
+    Differences are taken in float32, or in float64 where the keys are stored so: the same for every engine, and exactly
+    0 between a key and itself.
+    """
     distances = np.empty(rows.shape)
+    dtype = np.float64 if keys.dtype == np.float64 else np.float32
+    queries = queries.astype(dtype)
     step = max(1, SCRATCH_BYTES // max(1, rows.shape[1] * keys.width * 8))
     for start in range(0, len(queries), step):
         piece = slice(start, start + step)
-        differences = keys.take(np.maximum(rows[piece], 0)).astype(np.float64)
+        differences = keys.take(np.maximum(rows[piece], 0)).astype(dtype, copy=False)
         differences -= queries[piece, None, :]
         distances[piece] = np.einsum("qsd,qsd->qs", differences, differences)
     np.sqrt(distances, out=distances)

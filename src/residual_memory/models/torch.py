@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
@@ -136,30 +136,62 @@ def build_memory(
     if Source.from_dict(memory.source or {}).complete:
         return memory
     missing = np.setdiff1d(np.arange(n_rows), memory.ids)
-    loader = DataLoader(
-        Subset(dataset, missing.tolist()),
-        as_count("batch_size", batch_size),
-        num_workers=num_workers,
-        collate_fn=collate,
-    )
+    batches = _observed(watch, dataset, missing, as_count("batch_size", batch_size), num_workers, collate)
     losses = []
     n_done = n_rows - len(missing)
     with progress_bar("building", n_rows, done=n_done, shown=verbose) as advance, Builder(memory) as builder:
-        start = 0
-        for batch in loader:
-            seen = watch.observe(*_inputs_and_labels(batch))
-            ids = missing[start : start + len(seen)]
-            start += len(seen)
+        for seen in batches:
             if own is not None:
-                seen = replace(seen, predictions=own[ids])
+                seen = replace(seen, predictions=own[seen.ids])
             else:
                 losses.append(_losses(seen, chosen_task))
-            builder.add(replace(seen, ids=ids))
+            builder.add(seen)
             advance(len(seen))
     memory.save_source(replace(source, complete=True).to_dict())
     if losses:
         _warn(watch, np.concatenate(losses), held_out, batch_size, collate)
     return memory
+
+
+def observe(
+    model: nn.Module,
+    dataset: "Dataset[Any]",
+    memory: Memory,
+    *,
+    layer: Layer = None,
+    outputs: Outputs = "logits",
+    batch_size: int = 256,
+    autocast: "torch.dtype | None" = None,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    verbose: bool = True,
+) -> Observations:
+    """Keys, labels and predictions of labelled data, seen as the memory's rows were: what `tune` and `evaluate` take.
+
+    Parameters
+    ----------
+    model : the one that the memory was built with.
+    dataset : items (x, y), for example held-out ones.
+    memory : from `build_memory`.
+    layer : only for a memory whose keys come from a function: that function.
+    outputs, batch_size, autocast, num_workers, collate_fn, verbose : as in `build_memory`.
+
+    Raises
+    ------
+    FingerprintMismatch : if the memory was built with another model or layer.
+    """
+    watch = _watch_of(model, memory, layer, outputs=outputs, autocast=autocast)
+    rows = np.arange(len(dataset))  # type: ignore[arg-type]
+    collate = collate_fn or torch.utils.data.default_collate
+    seen = []
+    with progress_bar("observing", len(rows), shown=verbose) as advance:
+        for batch in _observed(watch, dataset, rows, as_count("batch_size", batch_size), num_workers, collate):
+            seen.append(batch)
+            advance(len(batch))
+    if not seen:
+        raise InvalidInput("the data set is empty: there is nothing to observe")
+    columns = ("ids", "keys", "labels", "predictions")
+    return Observations(*(np.concatenate([getattr(batch, name) for batch in seen]) for name in columns))
 
 
 class Watch:
@@ -286,14 +318,8 @@ class ResMemModule(nn.Module):
         max_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if memory.source is not None:
-            built = Source.from_dict(memory.source)
-            layer = layer if callable(layer) else built.layer
-            side, pool = built.side, built.pool
         self.model, self.memory = model, memory
-        self._watch = Watch(model, layer, side, pool=pool, outputs=outputs, task=memory.layout.task, autocast=autocast)
-        if memory.source is not None:
-            built.check(self._watch.source(built.data), _place(memory), data=False)
+        self._watch = _watch_of(model, memory, layer, side, pool, outputs=outputs, autocast=autocast)
         self.setting = setting or Setting.from_dict(memory.setting or {})
         self.knn = self.setting.knn(memory, index=index, max_weight=max_weight)
 
@@ -354,8 +380,7 @@ def exportable(model: nn.Module, memory: Memory) -> Exportable:
     built = Source.from_dict(memory.source)
     if ":" in built.layer:
         raise InvalidInput(f"the keys come from the function {built.layer!r}, not from a layer: export it by itself")
-    watch = Watch(model, built.layer, built.side, pool=built.pool)
-    built.check(watch.source(built.data), _place(memory), data=False)
+    _watch_of(model, memory)
     return Exportable(model, built.layer, built.side, built.pool)
 
 
@@ -406,6 +431,42 @@ class _Recorder(nn.Module):
         result = self.layer(*inputs, **options)
         self._caught.append(_first_tensor(inputs if self._side == "input" else result))
         return result
+
+
+def _watch_of(
+    model: nn.Module,
+    memory: Memory,
+    layer: Layer = None,
+    side: Side = "input",
+    pool: int = 1,
+    **options: Any,
+) -> Watch:
+    """A watch on the layer that the memory's rows come from, after making sure that the model is theirs."""
+    built = None if memory.source is None else Source.from_dict(memory.source)
+    if built is not None:
+        layer = layer if callable(layer) else built.layer
+        side, pool = built.side, built.pool
+    watch = Watch(model, layer, side, pool=pool, task=memory.layout.task, **options)
+    if built is not None:
+        built.check(watch.source(built.data), _place(memory), data=False)
+    return watch
+
+
+def _observed(
+    watch: Watch,
+    dataset: "Dataset[Any]",
+    rows: Int64[ndarray, " r"],
+    batch_size: int,
+    num_workers: int,
+    collate: Callable[[list[Any]], Any],
+) -> Iterator[Observations]:
+    """These rows of a data set, batch by batch, identified by their index."""
+    loader = DataLoader(Subset(dataset, rows.tolist()), batch_size, num_workers=num_workers, collate_fn=collate)
+    start = 0
+    for batch in loader:
+        seen = watch.observe(*_inputs_and_labels(batch))
+        yield replace(seen, ids=rows[start : start + len(seen)])
+        start += len(seen)
 
 
 @contextmanager
@@ -593,8 +654,7 @@ def _warn(
     if held_out is not None:
         n = len(held_out)  # type: ignore[arg-type]
         rows = np.unique(np.linspace(0, n - 1, min(n, HELD_OUT_ROWS)).astype(int))
-        loader = DataLoader(Subset(held_out, rows.tolist()), batch_size, collate_fn=collate)
-        seen = [watch.observe(*_inputs_and_labels(batch)) for batch in loader]
+        seen = _observed(watch, held_out, rows, batch_size, 0, collate)
         other = float(np.concatenate([_losses(some, watch.task) for some in seen]).mean())
     floor = 1e-2 if watch.task == "classification" else 0.0
     warn_if_in_sample(float(losses.mean()), other, floor)

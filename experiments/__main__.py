@@ -1,0 +1,20 @@
+"""Run a recipe by name: `python -m experiments cifar100-resnet8`."""
+
+import argparse
+import importlib
+
+RECIPES = {"cifar100-resnet8": "experiments.cifar100.resnet8"}
+
+
+def main() -> None:
+    """Read the options and run the recipe."""
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--quick", action="store_true", help="a slice, written beside the results, for CI")
+    parser.add_argument("--fresh", action="store_true", help="measure every row again")
+    options = parser.parse_args()
+    importlib.import_module(RECIPES[options.name]).run(quick=options.quick, fresh=options.fresh)
+
+
+if __name__ == "__main__":
+    main()

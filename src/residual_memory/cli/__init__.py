@@ -1,0 +1,1 @@
+"""The command `resmem`: one file a group of commands."""

@@ -1,0 +1,391 @@
+"""`resmem build` and `resmem add`: rows into a memory."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+import typer
+from numpy import ndarray
+
+from residual_memory.cli import options
+from residual_memory.cli.data import Block, NpyColumn, Reading, Rows, open_data, open_rows
+from residual_memory.cli.loading import Examples, load_model, user_code
+from residual_memory.cli.options import BatchSize, Data, ImageSize, Json, MemoryPath, Model, Outputs, chosen
+from residual_memory.cli.output import note, report, size_text
+from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput
+from residual_memory.memory import Memory
+from residual_memory.memory.format import MANIFEST, Layout
+from residual_memory.models.base import fill, warn_if_in_sample
+from residual_memory.progress import progress_bar
+from residual_memory.types import Metric, Observations, Task
+from residual_memory.validation import as_count, as_keys
+
+
+def build(
+    path: Annotated[Path, typer.Argument(metavar="MEMORY", help="Directory to make.", show_default=False)],
+    data: Data,
+    model: Model = None,
+    layer: Annotated[
+        str | None,
+        typer.Option("--layer", metavar="NAME", help="Layer of the keys; by default the last Linear that runs."),
+    ] = None,
+    side: Annotated[str, typer.Option("--side", metavar="SIDE", help="Of the layer: input or output.")] = "input",
+    pool: Annotated[int, typer.Option("--pool", metavar="N", help="Average feature maps to N × N cells.")] = 1,
+    outputs: Outputs = "logits",
+    metric: Annotated[
+        str, typer.Option("--metric", metavar="METRIC", help="Distance of keys: euclidean or cosine.")
+    ] = "euclidean",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="TASK", help="classification or regression; by default read off the labels."),
+    ] = None,
+    n_outputs: Annotated[
+        int | None,
+        typer.Option("--n-outputs", metavar="N", help="More classes than the model's leave room for new ones."),
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option("--class-names", metavar="FILE", help="Names of the classes, one a line.")
+    ] = None,
+    key_dtype: Annotated[
+        str, typer.Option("--key-dtype", metavar="TYPE", help="Stored keys: float16, float32 or float64.")
+    ] = "float32",
+    prediction_dtype: Annotated[
+        str, typer.Option("--prediction-dtype", metavar="TYPE", help="Stored predictions, likewise.")
+    ] = "float32",
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions", metavar="FILE.npy", help="Out-of-fold predictions to keep in place of the model's."
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option("--held-out", metavar="DATA", help="Other data, to tell whether the residuals mean anything."),
+    ] = None,
+    batch_size: BatchSize = options.MODEL_BATCH,
+    autocast: Annotated[
+        str | None, typer.Option("--autocast", metavar="TYPE", help="Run the model in bfloat16 or float16.")
+    ] = None,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """Make a memory of what a model could not learn of its training data.
+
+    An interrupted build goes on where it was when the same command is run again.
+
+    Example: resmem build memory --data train:dataset --model train:model
+    """
+    chosen("--side", side, ("input", "output"))
+    chosen("--metric", metric, ("euclidean", "cosine"))
+    chosen("--outputs", outputs, options.OUTPUTS)
+    chosen("--key-dtype", key_dtype, options.DTYPES)
+    chosen("--prediction-dtype", prediction_dtype, options.DTYPES)
+    kept = _Kept(
+        options.task_named(task),
+        cast(Metric, metric),
+        None if n_outputs is None else as_count("--n-outputs", n_outputs),
+        None if class_names is None else tuple(options.lines_of(class_names)),
+        key_dtype,
+        prediction_dtype,
+    )
+    if autocast is not None:
+        chosen("--autocast", autocast, ("bfloat16", "float16"))
+    started = time.monotonic()
+    found = open_data(data, image_size=image_size)
+    other = None if held_out is None else open_data(held_out, image_size=image_size, class_names=_classes_of(found))
+    if isinstance(found, Rows):
+        if given := [
+            name for name, value in (("--model", model), ("--layer", layer), ("--predictions", predictions)) if value
+        ]:
+            raise InvalidInput(f"{data} holds keys and predictions already; leave {' and '.join(given)} out")
+        memory = _from_arrays(path, found, kept, _same_kind(found, other, held_out))
+    else:
+        if model is None:
+            raise InvalidInput(f"{data} is a data set of examples; add --model MODULE:NAME, the model to run on it")
+        memory = _from_model(
+            path,
+            found,
+            load_model(model),
+            kept,
+            held_out=_same_kind(found, other, held_out),
+            layer=layer,
+            side=side,
+            pool=as_count("--pool", pool),
+            outputs=outputs,
+            predictions=None if predictions is None else _npy(predictions),
+            batch_size=as_count("--batch-size", batch_size),
+            autocast=autocast,
+        )
+    with memory:
+        _report_built(memory, time.monotonic() - started, as_json)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the user says of a memory's rows."""
+
+    task: Task | None
+    metric: Metric
+    n_outputs: int | None
+    class_names: tuple[str, ...] | None
+    key_dtype: str
+    prediction_dtype: str
+
+
+def _report_built(memory: Memory, seconds: float, as_json: bool) -> None:
+    layout, source = memory.layout, memory.source
+    result = {
+        "memory": memory.path,
+        "rows": len(memory),
+        "dim": layout.dim,
+        "n_outputs": layout.n_outputs,
+        "task": layout.task,
+        "layer": source and source["layer"],
+        "bytes": memory.n_bytes,
+        "seconds": seconds,
+    }
+    origin = f", from the {source['side']} of {source['layer']!r}" if source else ""
+    report(
+        result,
+        f"{len(memory):,} rows in {memory.path}: {size_text(memory.n_bytes)}, {layout.task} with {layout.n_outputs:,} outputs",
+        f"keys of {layout.dim:,} numbers{origin}",
+        f"next: resmem tune {memory.path} --data HELD_OUT" + (" --model MODULE:NAME" if source else ""),
+        as_json=as_json,
+    )
+
+
+# ---------------------------------------------------------------------- from a model
+
+
+def _from_model(
+    path: Path,
+    dataset: Examples,
+    model: Any,
+    kept: _Kept,
+    *,
+    autocast: str | None,
+    **choices: Any,
+) -> Memory:
+    import torch
+
+    from residual_memory.models.torch import build_memory
+
+    with user_code("running the model on the data"):
+        return build_memory(
+            model,
+            dataset,  # type: ignore[arg-type]
+            path,
+            task=kept.task,
+            n_outputs=kept.n_outputs,
+            class_names=kept.class_names,
+            metric=kept.metric,
+            key_dtype=kept.key_dtype,
+            prediction_dtype=kept.prediction_dtype,
+            autocast=None if autocast is None else {"bfloat16": torch.bfloat16, "float16": torch.float16}[autocast],
+            **choices,
+        )
+
+
+def _classes_of(found: Rows | Examples) -> list[str] | None:
+    from residual_memory.cli.images import ImageFolder
+
+    return found.classes if isinstance(found, ImageFolder) else None
+
+
+def _same_kind(found: Any, other: Any, name: str | None) -> Any:
+    if other is not None and isinstance(found, Rows) != isinstance(other, Rows):
+        wanted = "arrays" if isinstance(found, Rows) else "a data set of examples"
+        raise InvalidInput(f"--held-out {name} is of another kind than --data, expected {wanted}")
+    return other
+
+
+def _npy(path: Path) -> ndarray:
+    if not path.is_file():
+        raise DataNotFound(f"there is no file {path}{options.similar(path)}")
+    return NpyColumn(str(path), lambda: open(path, "rb")).read()
+
+
+# ---------------------------------------------------------------------- from arrays
+
+
+def _from_arrays(path: Path, rows: Rows, kept: _Kept, held_out: Rows | None) -> Memory:
+    rows.require("labels", "a memory")
+    first = next(rows.blocks(size=1_000), None)
+    if first is None:
+        raise InvalidInput(f"{rows.name} holds no rows: there is nothing to memorize")
+    task = kept.task or _task_of(first)
+    first = rows.checked(first, task, kept.n_outputs)
+    n_outputs = kept.n_outputs or first.predictions.shape[1]
+    layout = Layout(first.keys.shape[1], n_outputs, task, kept.metric, "dense", kept.key_dtype, kept.prediction_dtype)
+    memory = _opened(path, layout, kept, rows)
+    losses: list[float] = []
+    try:
+        with progress_bar("building", rows.n_rows, done=min(len(memory), rows.n_rows)) as advance:
+            fill(memory, _measured(_observations(rows, memory, skip_held=True), task, losses, advance))
+        if losses:
+            other = None if held_out is None else _mean_loss(held_out, layout)
+            warn_if_in_sample(float(np.mean(losses)), other, 1e-2 if task == "classification" else 0.0)
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _opened(path: Path, layout: Layout, kept: _Kept, rows: Rows) -> Memory:
+    """A new memory, or the one that an earlier run of the command began."""
+    if not (path / MANIFEST).exists():
+        return Memory.create(
+            path,
+            dim=layout.dim,
+            n_outputs=layout.n_outputs,
+            task=layout.task,
+            metric=layout.metric,
+            class_names=kept.class_names,
+            key_dtype=layout.key_dtype,
+            prediction_dtype=layout.prediction_dtype,
+        )
+    memory = Memory.open(path, writable=True)
+    try:
+        _check_begun(memory, layout, rows)
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _check_begun(memory: Memory, layout: Layout, rows: Rows) -> None:
+    """Refuse to go on with a memory that other rows, or another command, began."""
+    path, snapshot = memory.path, memory.snapshot
+    if memory.source is not None:
+        raise FingerprintMismatch(f"{path} holds a memory that was built from a model; name another path")
+    for name in ("dim", "n_outputs", "task", "metric", "key_dtype", "prediction_dtype"):
+        was, now = getattr(memory.layout, name), getattr(layout, name)
+        if was != now:
+            raise FingerprintMismatch(
+                f"{path} holds a memory with {name} {was!r}, but this is {now!r}; name another path"
+            )
+    if memory.n_forgotten or snapshot.generation:
+        raise InvalidInput(f"{path} holds a memory that was changed since it was built; add rows with: resmem add")
+    for block in rows.blocks(size=1_000):
+        found = snapshot.rows_of(block.row_ids)
+        held = found >= 0
+        keys = as_keys(block.keys[held], metric=layout.metric)
+        if not np.allclose(keys, snapshot.keys.take(found[held]), rtol=1e-2, atol=1e-6):
+            raise FingerprintMismatch(f"{path} holds other rows than {rows.name} under the same ids; name another path")
+        break
+    if len(memory):
+        note(f"going on after {len(memory):,} rows that {path} holds already")
+
+
+def _task_of(block: Block) -> Literal["classification", "regression"]:
+    labels = cast(ndarray, block.labels)
+    wide = block.predictions.ndim == 2 and block.predictions.shape[1] > 1
+    return "classification" if labels.dtype.kind in "iu" and labels.ndim == 1 and wide else "regression"
+
+
+def _observations(
+    rows: Rows, memory: Memory, *, first: int = 0, next_id: int | None = None, skip_held: bool = False
+) -> Iterator[Observations]:
+    """The rows, validated, with their ids.
+
+    Parameters
+    ----------
+    first : row of the source to begin with.
+    next_id : id of that row where the source gives none; None takes row numbers.
+    skip_held : leave out rows whose id the memory holds already.
+    """
+    layout, held = memory.layout, memory.ids
+    for raw in rows.blocks(first=first):
+        block = rows.checked(raw, layout.task, layout.n_outputs, layout.dim)
+        ids = block.row_ids
+        if block.ids is None and next_id is not None:
+            ids = ids - first + next_id
+        fresh = np.ones(len(ids), bool)
+        if skip_held and len(held) and held.dtype.kind == ids.dtype.kind:
+            fresh = ~np.isin(ids, held)
+        if fresh.any():
+            groups = None if block.groups is None else block.groups[fresh]
+            labels = cast(ndarray, block.labels)[fresh]
+            yield Observations(ids[fresh], block.keys[fresh], labels, block.predictions[fresh], groups)
+
+
+def _measured(batches: Iterator[Observations], task: Task, losses: list[float], advance: Any) -> Iterator[Observations]:
+    """The same batches, the base's mean loss on each being noted on the way."""
+    for batch in batches:
+        losses.append(_loss(cast(ndarray, batch.predictions), batch.labels, task))
+        yield batch
+        advance(len(batch))
+
+
+def _loss(predictions: ndarray, labels: ndarray, task: Task) -> float:
+    said = predictions.astype(np.float64)
+    if task == "classification":
+        return float(-np.log(np.maximum(said[np.arange(len(said)), labels], 1e-12)).mean())
+    return float(((said - labels.reshape(said.shape)) ** 2).mean())
+
+
+def _mean_loss(rows: Rows, layout: Layout) -> float:
+    rows.require("labels", "--held-out")
+    total, n = 0.0, 0
+    for raw in rows.blocks():
+        block = rows.checked(raw, layout.task, layout.n_outputs, layout.dim)
+        total += len(block) * _loss(block.predictions, cast(ndarray, block.labels), layout.task)
+        n += len(block)
+    return total / max(n, 1)
+
+
+# ---------------------------------------------------------------------- add
+
+
+def add(
+    path: MemoryPath,
+    data: Data,
+    model: Model = None,
+    outputs: Outputs = "logits",
+    first_row: Annotated[
+        int, typer.Option("--first-row", metavar="N", help="Leave out the rows of the data before this one.", min=0)
+    ] = 0,
+    batch_size: BatchSize = options.MODEL_BATCH,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """Append examples to a memory: they count from the next prediction on, without training.
+
+    Rows keep the ids of the data; where these have none, the memory gives new ones.
+    """
+    with options.open_memory(path, writable=True) as memory:
+        rows = open_rows(data, memory, Reading(model, outputs, batch_size, image_size))
+        if first_row > rows.n_rows:
+            raise InvalidInput(f"--first-row is {first_row:,}, but {data} has {rows.n_rows:,} rows")
+        before, next_id = len(memory), memory.snapshot.manifest.next_id
+        if "ids" not in rows.columns and memory.snapshot.manifest.id_kind == "string":
+            raise InvalidInput(f"the ids of {path} are strings, so the data must give them; add ids to {data}")
+        try:
+            with progress_bar("adding", rows.n_rows, done=first_row) as advance:
+                fill(memory, _watched(_observations(rows, memory, first=first_row, next_id=next_id), advance))
+        except BaseException:
+            if added := len(memory) - before:
+                note(f"{added:,} rows were added before this; go on after them with --first-row {first_row + added}")
+            raise
+        added = len(memory) - before
+        report(
+            {
+                "memory": path,
+                "added": added,
+                "rows": len(memory),
+                "version": memory.version,
+                "first_id": None if "ids" in rows.columns or not added else next_id,
+            },
+            f"added {added:,} rows; {path} holds {len(memory):,}",
+            *([f"they have the ids {next_id} to {next_id + added - 1}"] if added and "ids" not in rows.columns else []),
+            as_json=as_json,
+        )
+
+
+def _watched(batches: Iterator[Observations], advance: Any) -> Iterator[Observations]:
+    for batch in batches:
+        yield batch
+        advance(len(batch))

@@ -1,0 +1,169 @@
+"""The command `resmem`: its commands, and how errors end it.
+
+Exit codes: 0 all went well; 1 a finding (no gain, damage found) or a refusal of the disk; 2 usage; 3 a corrupt file; 4 a
+memory that another process is writing to; 130 interrupted.
+"""
+
+import difflib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from residual_memory._version import __version__
+from residual_memory.cli import asking, building, demo, keeping, measuring
+from residual_memory.cli.output import note, report
+from residual_memory.errors import (
+    CorruptFile,
+    DataNotFound,
+    InvalidInput,
+    MemoryLocked,
+    MemoryNotFound,
+    MissingExtra,
+    ResidualMemoryError,
+    ResidualMemoryWarning,
+    UnsupportedFormat,
+)
+
+FINDING, USAGE, CORRUPT, LOCKED, INTERRUPTED = 1, 2, 3, 4, 130
+
+UsageError: Any = typer.BadParameter.__base__  # click's, which typer keeps in different places
+_EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (CorruptFile, CORRUPT),
+    (UnsupportedFormat, CORRUPT),
+    (MemoryLocked, LOCKED),
+    (InvalidInput, USAGE),
+    (MissingExtra, USAGE),
+    (MemoryNotFound, USAGE),
+    (DataNotFound, USAGE),
+)
+_REMEDIES: tuple[tuple[type[Exception], str], ...] = (
+    (CorruptFile, "resmem verify MEMORY lists what is damaged; restore it from a copy, or build the memory again"),
+    (MemoryLocked, "wait until the other process is done, or stop it"),
+    (MemoryNotFound, "name the directory of a memory, or make one: resmem build --help"),
+    (InvalidInput, "resmem COMMAND --help says what is expected"),
+)
+
+
+class Commands(TyperGroup):
+    """The commands, with a question after a mistyped one."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is None and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            close = difflib.get_close_matches(cmd_name, known, 1, 0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"the commands are: {', '.join(known)}"
+            raise InvalidInput(f"there is no command {cmd_name!r}; {hint}")
+        return found
+
+
+app = typer.Typer(
+    name="resmem",
+    cls=Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_PANELS = {
+    "Start": (demo.demo,),
+    "Make and measure": (building.build, measuring.tune, measuring.evaluate),
+    "Use": (asking.predict, asking.explain),
+    "Keep": (building.add, keeping.forget, keeping.compact, keeping.verify, keeping.info),
+    "Plan": (measuring.estimate, measuring.bench),
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+
+
+@app.callback(invoke_without_command=True)
+def resmem(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Give a trained model a memory of what it could not learn.
+
+    Build a memory from the model's training data, tune it on held-out data, and predict better from then on, without
+    training. Begin with: resmem demo
+    """
+    if version:
+        typer.echo(f"resmem {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(USAGE)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    as_json = "--json" in arguments
+    command = typer.main.get_command(app)
+    with _warnings_as_notes():
+        try:
+            code = command.main(arguments, prog_name="resmem", standalone_mode=False)
+            return _interrupted() if code == INTERRUPTED else int(code or 0)
+        except (KeyboardInterrupt, typer.Abort):
+            return _interrupted()
+        except ResidualMemoryError as error:
+            return _failed(error, str(error), as_json)
+        except UsageError as error:
+            where = error.ctx.command_path if error.ctx else "resmem"
+            return _failed(error, f"{error.format_message()}; {where} --help shows what there is", as_json)
+        except OSError as error:
+            return _failed(error, str(error), as_json)
+
+
+def _failed(error: Exception, message: str, as_json: bool) -> int:
+    """Say the cause and the remedy, each on a line of its own."""
+    cause, remedy = _parts(error, message)
+    code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), FINDING)
+    code = USAGE if isinstance(error, UsageError) else code
+    note(f"error: {cause}")
+    if remedy:
+        note(f"remedy: {remedy}")
+    if as_json:
+        kind = type(error).__name__
+        report({"error": {"type": kind, "cause": cause, "remedy": remedy, "exit_code": code}}, as_json=True)
+    return code
+
+
+def _parts(error: Exception, message: str) -> tuple[str, str]:
+    """The library's messages say "cause; remedy"."""
+    separator = ": pip install " if isinstance(error, MissingExtra) else "; "
+    cause, found, remedy = message.partition(separator)
+    default = next((text for kind, text in _REMEDIES if isinstance(error, kind)), "")
+    if isinstance(error, MemoryLocked):
+        return cause, default
+    return cause, f"pip install {remedy}" if isinstance(error, MissingExtra) else (remedy if found else default)
+
+
+def _interrupted() -> int:
+    note("interrupted; run the same command again to go on")
+    return INTERRUPTED
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """The library's warnings as one line each; others as they are."""
+    with warnings.catch_warnings():
+        shown_before = warnings.showwarning
+
+        def show(message: Any, category: Any, *place: Any) -> None:
+            if issubclass(category, ResidualMemoryWarning):
+                note(f"warning: {message}")
+            else:
+                shown_before(message, category, *place)
+
+        warnings.simplefilter("always", ResidualMemoryWarning)
+        warnings.showwarning = show
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

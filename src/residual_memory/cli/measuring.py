@@ -1,0 +1,372 @@
+"""`resmem tune`, `evaluate`, `estimate` and `bench`: what a memory is worth and what it takes."""
+
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, cast
+
+import numpy as np
+import typer
+from numpy import ndarray
+from rich.table import Table
+
+from residual_memory import evaluation, tuning
+from residual_memory.cli import options
+from residual_memory.cli.data import Queries, Reading, open_rows, read_all, share_held
+from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs, chosen
+from residual_memory.cli.output import facts, note, report, size_text, table
+from residual_memory.correction import TABLE_BYTES, ResidualKNN
+from residual_memory.errors import InvalidInput, MissingExtra
+from residual_memory.evaluation import METRICS, Evaluation, Setting
+from residual_memory.indexes.faiss import empty_index, required_rows
+from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec
+from residual_memory.memory import Memory
+from residual_memory.memory.format import Layout
+from residual_memory.metrics import Estimate
+from residual_memory.progress import progress_bar
+from residual_memory.validation import as_count, as_positive
+
+HELD_TOO_OFTEN = 0.05  # of the held-out rows may be in the memory before the user is told
+
+MetricOption = Annotated[
+    str | None,
+    typer.Option("--metric", metavar="METRIC", help="accuracy, log_loss or rmse; by default the task's first."),
+]
+
+
+def tune(
+    path: MemoryPath,
+    data: Data,
+    model: Model = None,
+    outputs: Outputs = "logits",
+    metric: MetricOption = None,
+    index: Index = "auto",
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the setting with the memory.")] = True,
+    batch_size: BatchSize = options.MODEL_BATCH,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the setting on held-out data, and say whether the memory helps.
+
+    The figures are cross-fitted: no row is measured with a setting that it chose. Exits with 1 where there is no gain.
+    """
+    with options.open_memory(path, writable=save) as memory:
+        wanted = _metric(metric, memory)
+        options.check_index(index, memory.layout.dim)
+        rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
+        result = tuning.tune(
+            memory, rows.keys, rows.labels, rows.predictions, metric=wanted, index=index, groups=rows.groups
+        )
+        if save:
+            memory.save_setting(result.best.to_dict())
+        kept = f"saved with {path}" if save else "not saved"
+        _report_evaluation(memory, data, result, result.best, f"{_setting_line(result.best)} ({kept})", as_json)
+
+
+def evaluate(
+    path: MemoryPath,
+    data: Data,
+    model: Model = None,
+    outputs: Outputs = "logits",
+    metric: MetricOption = None,
+    n_neighbors: Annotated[
+        int | None, typer.Option("--n-neighbors", metavar="K", help="In place of the saved one.", show_default=False)
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option("--bandwidth", metavar="SIGMA", help="Likewise; a number or auto.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", metavar="T", help="Likewise.", show_default=False)
+    ] = None,
+    shrinkage: Annotated[
+        float | None, typer.Option("--shrinkage", metavar="LAMBDA", help="Likewise.", show_default=False)
+    ] = None,
+    index: Index = "auto",
+    batch_size: BatchSize = options.MODEL_BATCH,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the saved setting on data that did not choose it. Exits with 1 where there is no gain."""
+    memory = options.open_memory(path)
+    wanted = _metric(metric, memory)
+    options.check_index(index, memory.layout.dim)
+    changes = {
+        "n_neighbors": None if n_neighbors is None else as_count("--n-neighbors", n_neighbors),
+        "bandwidth": None if bandwidth is None else _bandwidth(bandwidth),
+        "temperature": None if temperature is None else as_positive("--temperature", temperature),
+        "shrinkage": None if not shrinkage else as_positive("--shrinkage", shrinkage),
+    }
+    if shrinkage == 0:
+        changes["shrinkage"] = 0.0
+    setting = saved_setting(memory, **{name: value for name, value in changes.items() if value is not None})
+    rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
+    result = evaluation.evaluate(
+        memory, rows.keys, rows.labels, rows.predictions, setting, metric=wanted, index=index, groups=rows.groups
+    )
+    _report_evaluation(memory, data, result, setting, _setting_line(setting), as_json)
+
+
+def saved_setting(memory: Memory, **changes: Any) -> Setting:
+    """The setting that tuning saved, or the paper's, with changes."""
+    if memory.setting is None and "n_neighbors" not in changes:
+        note(f"no setting is saved with {memory.path}, so the paper's is used; resmem tune chooses one")
+    return replace(Setting.from_dict(memory.setting or {}), **changes)
+
+
+def _metric(value: str | None, memory: Memory) -> evaluation.Metric | None:
+    if value is None:
+        return None
+    return cast(evaluation.Metric, chosen("--metric", value, METRICS[memory.layout.task]))
+
+
+def _bandwidth(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return as_positive("--bandwidth", float(text))
+    except ValueError as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"--bandwidth is {text!r}, expected a number above 0 or 'auto'") from None
+
+
+def _held_out(data: str, memory: Memory, reading: Reading) -> Queries:
+    rows = read_all(open_rows(data, memory, reading), memory)
+    share = share_held(memory, rows.keys)
+    if share > HELD_TOO_OFTEN:
+        note(
+            f"warning: {100 * share:.0f} % of {data} are rows that the memory holds, so the figures are too good; "
+            "use data that it was not built from"
+        )
+    return rows
+
+
+def _report_evaluation(
+    memory: Memory, data: str, result: Evaluation, setting: Setting, setting_line: str, as_json: bool
+) -> None:
+    figures = {"base": result.base, "memory_only": result.memory_only, "corrected": result.corrected}
+    report(
+        {
+            "memory": memory.path,
+            "data": data,
+            **result.to_dict(),
+            **{f"{name}_{end}": getattr(figure, end) for name, figure in figures.items() for end in ("low", "high")},
+            "helps": result.helps,
+            "verdict": result.verdict,
+            "setting": setting.to_dict(),
+        },
+        _comparison(result),
+        "",
+        result.verdict,
+        setting_line,
+        as_json=as_json,
+    )
+    if not result.helps:
+        raise typer.Exit(1)
+
+
+def _comparison(result: Evaluation) -> Table:
+    def cells(name: str, figure: Estimate) -> tuple[str, str, str]:
+        if result.metric == "accuracy":
+            return name, f"{100 * figure.value:.1f} %", f"{100 * figure.low:.1f} to {100 * figure.high:.1f}"
+        return name, f"{figure.value:.4g}", f"{figure.low:.4g} to {figure.high:.4g}"
+
+    names = {"accuracy": "accuracy", "log_loss": "log-loss, nats", "rmse": "RMSE"}
+    figures = [("base", result.base), ("memory only", result.memory_only), ("corrected", result.corrected)]
+    header = ("", names[result.metric], "95 % interval")
+    return table(header, [cells(name, figure) for name, figure in figures], numbers=header[1:])
+
+
+def _setting_line(setting: Setting) -> str:
+    if not setting.shrinkage:
+        return "setting: shrinkage 0, so predictions stay the base's"
+    sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
+    return (
+        f"setting: k {setting.n_neighbors}, bandwidth {sigma}, temperature {setting.temperature:g}, "
+        f"shrinkage {setting.shrinkage:g}"
+    )
+
+
+# ---------------------------------------------------------------------- estimate
+
+
+def estimate(
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="Examples to remember.", show_default=False)],
+    dim: Annotated[int, typer.Option("--dim", metavar="D", help="Numbers in a key.", show_default=False)],
+    n_outputs: Annotated[int, typer.Option("--outputs", metavar="C", help="Classes, or targets.", show_default=False)],
+    key_dtype: Annotated[
+        str, typer.Option("--key-dtype", metavar="TYPE", help="float16, float32 or float64.")
+    ] = "float32",
+    prediction_dtype: Annotated[str, typer.Option("--prediction-dtype", metavar="TYPE", help="Likewise.")] = "float32",
+    task: Annotated[
+        str, typer.Option("--task", metavar="TASK", help="classification or regression.")
+    ] = "classification",
+    index: Index = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a memory would take on disk, and its index in RAM, before it is built."""
+    chosen("--key-dtype", key_dtype, options.DTYPES)
+    chosen("--prediction-dtype", prediction_dtype, options.DTYPES)
+    n, d, c = as_count("--rows", rows), as_count("--dim", dim), as_count("--outputs", n_outputs)
+    layout = Layout(
+        d, c, options.task_named(task) or "classification", "euclidean", "dense", key_dtype, prediction_dtype
+    )
+    options.check_index(index, d)
+    engine, index_bytes = _index_bytes(IndexSpec.parse(index), n, d)
+    itemsize = 8 if prediction_dtype == "float64" else 4
+    residual_bytes = n * c * itemsize if n * c * itemsize <= TABLE_BYTES else 0
+    disk = n * layout.bytes_per_row()
+    ram = index_bytes + residual_bytes + 9 * n  # ids, and a mark on each row that is not forgotten
+    report(
+        {
+            "rows": n,
+            "layout": vars(layout),
+            "disk_bytes": disk,
+            "bytes_per_row": layout.bytes_per_row(),
+            "index": engine,
+            "index_bytes": index_bytes,
+            "residual_table_bytes": residual_bytes,
+            "ram_bytes": ram,
+        },
+        facts(
+            [
+                ("on disk", f"{size_text(disk)}, {layout.bytes_per_row():,} bytes a row"),
+                ("in RAM", size_text(ram)),
+                ("  index", f"{size_text(index_bytes)}, {engine}"),
+                (
+                    "  residuals",
+                    size_text(residual_bytes) if residual_bytes else "read from disk: too many to keep ready",
+                ),
+                ("  ids", size_text(9 * n)),
+            ]
+        ),
+        as_json=as_json,
+    )
+
+
+def _index_bytes(spec: IndexSpec, n: int, d: int) -> tuple[str, int]:
+    """The engine that a spec comes to for so many rows, and its bytes in RAM."""
+    build = spec.build
+    if spec.engine == "auto" and n > EXACT_UP_TO and importlib.util.find_spec("faiss"):
+        cells = 1 << max(10, (4 * int(n**0.5)).bit_length() - 1)  # as in indexes.registry
+        build = f"IVF{cells},PQ{next((m for m in range(d // 2, 1, -1) if d % m == 0), 1)}x4fs"
+    elif spec.engine != "faiss":
+        copied = build in ("torch", "faiss") or (not build and bool(importlib.util.find_spec("faiss")))
+        return (
+            ("exact", 4 * n * d) if copied or (importlib.util.find_spec("torch") and build != "numpy") else ("exact", 0)
+        )
+    if not importlib.util.find_spec("faiss"):
+        raise MissingExtra("index engine 'faiss'", "faiss")
+    if n < required_rows(build):
+        return f"exact (too few rows for {build})", 4 * n * d
+    return f"faiss:{build}", _faiss_bytes(build, n, d)
+
+
+def _faiss_bytes(factory: str, n: int, d: int) -> int:
+    """Codes, ids and centroids of a faiss index."""
+    import faiss
+
+    index, _ = empty_index(d, factory, {})
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexIVF):
+        return n * (int(inner.code_size) + 8) + 4 * int(inner.nlist) * int(inner.d)
+    links = 4 * int(inner.hnsw.nb_neighbors(0)) if isinstance(inner, faiss.IndexHNSW) else 0
+    return n * (int(inner.sa_code_size()) + links)
+
+
+# ---------------------------------------------------------------------- bench
+
+
+def bench(
+    path: MemoryPath,
+    queries: Annotated[int, typer.Option("--queries", metavar="N", help="How many queries to time.")] = 500,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Queries in a batch.")] = 64,
+    index: Index = "auto",
+    as_json: Json = False,
+) -> None:
+    """How fast this memory is on this machine.
+
+    Queries are keys of the memory itself, each without its own row.
+    """
+    count, size = as_count("--queries", queries), as_count("--batch", batch)
+    memory = options.open_memory(path)
+    options.check_index(index, memory.layout.dim)
+    if len(memory) < 2:
+        raise InvalidInput(f"{path} holds {len(memory)} rows; at least 2 are needed to time a search")
+    keys, own = _drawn(memory, count)
+    setting = saved_setting(memory)
+    setting = replace(setting, n_neighbors=min(setting.n_neighbors, len(memory) - 1))
+    started = time.perf_counter()
+    knn = setting.knn(memory, index=index)
+    build_seconds = time.perf_counter() - started
+    _ = knn.bandwidth  # measured once, not on the clock
+    work: dict[str, Callable[[ndarray, ndarray], object]] = {
+        "search": lambda some, excluded: knn.search(some, setting.n_neighbors, excluded),
+        "predict": lambda some, excluded: knn(some, excluded),
+    }
+    found = []
+    with progress_bar("timing", 2 * 2 * len(keys)) as advance:
+        for name, call in work.items():
+            for at_once in sorted({1, min(size, len(keys))}):
+                found.append({"work": name, "batch": at_once, **_timed(call, keys, own, at_once, advance)})
+    _report_speed(memory, knn, found, build_seconds, as_json)
+
+
+def _drawn(memory: Memory, count: int) -> tuple[ndarray, ndarray]:
+    """Keys of rows of the memory, and what to exclude so that none finds itself."""
+    snapshot = memory.snapshot
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(snapshot.alive))
+    rows = np.resize(rows, count)
+    ids, groups = snapshot.all_ids, snapshot.all_groups
+    as_group = groups is not None and groups.dtype.kind == ids.dtype.kind  # then exclude is read as a group
+    return snapshot.keys.take(rows), (cast(ndarray, groups) if as_group else ids)[rows]
+
+
+def _timed(
+    call: Callable[[ndarray, ndarray], object], keys: ndarray, own: ndarray, size: int, advance: Callable[[int], None]
+) -> dict[str, float]:
+    call(keys[:size], own[:size])  # warm up
+    seconds = []
+    for start in range(0, len(keys) - size + 1, size):
+        started = time.perf_counter()
+        call(keys[start : start + size], own[start : start + size])
+        seconds.append(time.perf_counter() - started)
+        advance(size)
+    p50, p99 = np.quantile(seconds, [0.5, 0.99])
+    return {
+        "queries_per_second": size * len(seconds) / sum(seconds),
+        "p50_ms": 1e3 * float(p50),
+        "p99_ms": 1e3 * float(p99),
+    }
+
+
+def _report_speed(
+    memory: Memory, knn: ResidualKNN, found: list[dict[str, Any]], build_seconds: float, as_json: bool
+) -> None:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    header = ("", "batch", "queries/s", "p50, ms", "p99, ms")
+    cells = [
+        (row["work"], row["batch"], f"{row['queries_per_second']:,.0f}", f"{row['p50_ms']:.3g}", f"{row['p99_ms']:.3g}")
+        for row in found
+    ]
+    report(
+        {
+            "memory": memory.path,
+            "rows": len(memory),
+            "dim": memory.layout.dim,
+            "n_neighbors": knn.n_neighbors,
+            "index": knn.description,
+            "index_seconds": build_seconds,
+            "machine": machine,
+            "speed": found,
+        },
+        f"{len(memory):,} rows of {memory.layout.dim:,} numbers, k {knn.n_neighbors}, {knn.description}, on {machine}",
+        f"index and residuals made ready in {build_seconds:.2f} s",
+        table(header, cells, numbers=header[1:]),
+        as_json=as_json,
+    )

@@ -1,0 +1,107 @@
+"""One way to print: tables for people or one JSON object on stdout, all the rest on stderr.
+
+Labels, ids and file names come from data: they are shown with control characters escaped, and no markup in them counts.
+"""
+
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+CELL_WIDTH = 48  # characters of a name that a table shows
+_UNSHOWN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, bidi marks, lone surrogates, line separators
+
+
+def shown(value: object, width: int | None = None) -> str:
+    """Text that does to a terminal nothing but appear: one line, with control characters as escapes.
+
+    Parameters
+    ----------
+    value : anything with a str().
+    width : longest text; what is longer ends in "…".
+
+    Examples
+    --------
+    >>> shown("red \\x1b[31mcat")
+    'red \\\\x1b[31mcat'
+    """
+    text = "".join(_escaped(character) for character in str(value))
+    return text if width is None or len(text) <= width else text[: width - 1] + "…"
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in _UNSHOWN:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes in the largest decimal unit that leaves at least 1.
+
+    Examples
+    --------
+    >>> size_text(1_234_567_890), size_text(512)
+    ('1.2 GB', '512 bytes')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.1f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> Table:
+    """A plain table; the columns named in `numbers` are set to the right."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in header:
+        right = name in numbers
+        made.add_column(Text(name), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(shown(cell, CELL_WIDTH)) for cell in row))
+    return made
+
+
+def facts(rows: Sequence[tuple[str, object]]) -> Table:
+    """Names and values in two columns, without a header."""
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(Text(name), Text(shown(value)))
+    return made
+
+
+def report(result: Mapping[str, Any], *parts: str | Table, as_json: bool) -> None:
+    """Print a command's result: the parts for people, or the mapping as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(plain(result), indent=2, allow_nan=False) + "\n")
+        return
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    for part in parts:
+        console.print(Text(shown(part)) if isinstance(part, str) else part)
+
+
+def note(text: str) -> None:
+    """Say something on the side."""
+    print(shown(text), file=sys.stderr, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """The same in JSON's own types; a number that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,327 @@
+"""The demo: CIFAR-100, a trained ResNet-8, its memory, and what the memory changes on the 10,000 test images.
+
+Settings are chosen without test images: the network that was trained on 45,000 images tells, on the other 5,000, which
+setting is best; the network that was trained on all 50,000 uses it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
+
+from residual_memory.demo.assets import N_TRAIN, shipped_keys, shipped_network, shipped_settings
+from residual_memory.demo.cifar100 import (
+    Cifar100,
+    download_cifar100,
+    find_cifar100,
+    held_out_split,
+    read_cifar100,
+    user_cache,
+)
+from residual_memory.errors import DataNotFound
+from residual_memory.evaluation import Evaluation, HeldOut, Predicted, Setting, corrected_predictions, summarize
+from residual_memory.explanation import explain
+from residual_memory.memory import Memory
+from residual_memory.progress import progress_bar
+from residual_memory.tuning import TuningResult, tune
+from residual_memory.types import Metric, Observations
+
+if TYPE_CHECKING:
+    from residual_memory.demo.resnet import CifarResNet
+
+Say = Callable[[str], None]
+
+ROSES = 12
+ROSE_NEIGHBORS = 5
+LARGEST_SHARE = 0.35  # of one memory; above it the correction is the copy of a near-duplicate, which shows little
+FAMOUS = (("rose", "poppy"), ("cup", "plate"), ("squirrel", "rabbit"))  # the paper's own: true class, base's answer
+
+
+@dataclass(frozen=True)
+class KeyChoice:
+    """Where the keys of a memory come from.
+
+    Attributes
+    ----------
+    name : of the choice, in tables.
+    layer, side, pool, metric, key_dtype : as in `build_memory`.
+    """
+
+    name: str
+    layer: str
+    side: str
+    pool: int
+    metric: Metric
+    key_dtype: str = "float32"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As arguments of `build_memory`."""
+        names = ("layer", "side", "pool", "metric", "key_dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+PLAIN = KeyChoice("plain", "head", "input", 1, "euclidean")
+FINE = KeyChoice("tuned 4x4", "stage3", "output", 4, "cosine", "float16")
+
+
+@dataclass(frozen=True)
+class Rose:
+    """A test image that the base had wrong and the memory put right, and the memories that did it.
+
+    Attributes
+    ----------
+    row : of the test image.
+    label, said : true class, and what the base said.
+    base, corrected : scores of those two classes, before and after.
+    ids, labels, weights : of the memories that counted most.
+    """
+
+    row: int
+    label: int
+    said: int
+    base: tuple[float, float]
+    corrected: tuple[float, float]
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One key choice on the test images.
+
+    Attributes
+    ----------
+    name : of the key choice.
+    setting : chosen on held-out images.
+    evaluation : on the test images.
+    said : the predictions for the test images [10000 100].
+    memory : where it lies on disk.
+    """
+
+    name: str
+    setting: Setting
+    evaluation: Evaluation
+    said: Predicted
+    memory: Path | None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes
+    ----------
+    rows : one a key choice.
+    roses : of the last row; empty where there are no images.
+    data : where the images came from.
+    labels : of the test images.
+    class_names : of CIFAR-100.
+    seconds : the whole run.
+    report : the HTML file, if one was written.
+    """
+
+    rows: tuple[Measured, ...]
+    roses: tuple[Rose, ...]
+    data: str
+    labels: Int64[ndarray, " q"]
+    class_names: tuple[str, ...]
+    seconds: float
+    report: Path | None = None
+
+    @property
+    def helps(self) -> bool:
+        """Whether the memory helps in every row."""
+        return all(row.evaluation.helps for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As one JSON object."""
+        return {
+            "data": self.data,
+            "seconds": round(self.seconds, 1),
+            "report": None if self.report is None else str(self.report),
+            "rows": [
+                {
+                    "setting": f"resnet8 {row.name}",
+                    "method": "resmem",
+                    **row.evaluation.to_dict(),
+                    "chosen": row.setting.to_dict(),
+                    "memory": None if row.memory is None else str(row.memory),
+                    "verdict": row.evaluation.verdict,
+                }
+                for row in self.rows
+            ],
+        }
+
+    @property
+    def text(self) -> str:
+        """The table, for a terminal of 80 columns."""
+        lines = [
+            "CIFAR-100, ResNet-8: accuracy on the 10,000 test images, 95 % intervals",
+            f"({self.data})",
+            "",
+            f"{'keys':<12}{'base':>15}{'memory only':>17}{'corrected':>17}{'gain':>17}",
+        ]
+        for row in self.rows:
+            figures = row.evaluation
+            parts = (figures.base, figures.memory_only, figures.corrected, figures.gain)
+            cells = [f"{100 * part.value:.2f} ± {100 * part.margin:.2f}" for part in parts]
+            lines.append(f"{row.name:<12}{cells[0]:>15}{cells[1]:>17}{cells[2]:>17}{'+' + cells[3]:>17}")
+        lines += ["", *(f"{row.name}: {row.evaluation.verdict}" for row in self.rows)]
+        lines += [f"memory of '{row.name}' keys: {row.memory}" for row in self.rows if row.memory]
+        if self.report:
+            lines.append(f"report: {self.report}")
+        return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
+
+
+def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = True, say: Say = print) -> DemoResult:
+    """Build, tune and measure a memory for the shipped ResNet-8, and write the report.
+
+    Parameters
+    ----------
+    out : HTML file to write; None writes none.
+    quick : work from the keys that ship with the package even where the images are.
+    progress : show progress bars.
+    say : called with a line on each step.
+
+    Raises
+    ------
+    CorruptFile : if the images on this machine are damaged.
+    MissingExtra : if the report is wanted and its packages are not installed.
+    """
+    started = time.perf_counter()
+    folder = None if quick else _images(say, progress)
+    if folder is None:
+        result, images = _from_keys(say), None
+    else:
+        result, images = _from_images(folder, say, progress)
+    if out is not None:
+        from residual_memory.demo.report import write_report
+
+        write_report(result, images, out)
+    return DemoResult(
+        result.rows, result.roses, result.data, result.labels, result.class_names, time.perf_counter() - started, out
+    )
+
+
+def tuned_setting(network: "CifarResNet", train: Cifar100, choice: KeyChoice, *, progress: bool) -> TuningResult:
+    """Choose a setting on the 5,000 held-out images with the network that was trained on the others."""
+    from residual_memory.demo.images import Images
+    from residual_memory.models.torch import build_memory, observe
+
+    fitted, held_out = held_out_split()
+    memory = build_memory(network, Images(train, fitted), None, **choice.options, verbose=progress)
+    seen = observe(network, Images(train, held_out), memory, verbose=progress)
+    shrinkages = {"shrinkages": (1.0,)} if choice is PLAIN else {}
+    return tune(memory, seen.keys, seen.labels, seen.predictions, **shrinkages)  # type: ignore[arg-type]
+
+
+def measure(
+    memory: Memory, seen: Observations, setting: Setting, name: str, memory_only: Setting | None = None
+) -> Measured:
+    """Measure a setting on the test images, keeping the scores for the pictures."""
+    rows = HeldOut.checked(memory, seen.keys, seen.labels, np.asarray(seen.predictions), "accuracy")
+    said = corrected_predictions(memory, rows.keys, rows.predictions, setting, memory_only=memory_only)
+    evaluation = summarize(
+        "accuracy",
+        base=rows.losses(rows.predictions, said.base),
+        memory_only=rows.losses(said.memory_only, said.base),
+        corrected=rows.losses(said.corrected, said.base),
+    )
+    return Measured(name, setting, evaluation, said, memory.path)
+
+
+def find_roses(
+    memory: Memory, seen: Observations, measured: Measured, class_names: tuple[str, ...]
+) -> tuple[Rose, ...]:
+    """Test images that the memory put right: the paper's own pairs first, then those that it changed most."""
+    base, scores = measured.said.base, measured.said.corrected
+    labels, said = np.asarray(seen.labels), base.argmax(1)
+    rows = np.flatnonzero((said != labels) & (scores.argmax(1) == labels))
+    change = scores[rows, labels[rows]] - scores[rows, said[rows]] - base[rows, labels[rows]] + base[rows, said[rows]]
+    rows = rows[np.argsort(-change, kind="stable")]
+    knn = measured.setting.knn(memory, index="auto")
+    if len(rows):
+        rows = rows[knn.neighbors(seen.keys[rows]).weights[:, 0] <= LARGEST_SHARE]
+    pairs = [(class_names.index(true), class_names.index(wrong)) for true, wrong in FAMOUS]
+    famous = [row for pair in pairs for row in [r for r in rows if (labels[r], said[r]) == pair][:2]]
+    chosen = np.array([*famous, *(row for row in rows if row not in famous)][:ROSES], int)
+    if not len(chosen):
+        return ()
+    split = explain(knn, seen.keys[chosen], base[chosen], shrinkage=measured.setting.shrinkage)
+    held = memory.snapshot
+    roses = []
+    for place, row in enumerate(chosen):
+        ids = split.ids[place, :ROSE_NEIGHBORS]
+        pair = [int(labels[row]), int(said[row])]
+        roses.append(
+            Rose(
+                row=int(row),
+                label=pair[0],
+                said=pair[1],
+                base=(float(base[row, pair[0]]), float(base[row, pair[1]])),
+                corrected=(float(scores[row, pair[0]]), float(scores[row, pair[1]])),
+                ids=tuple(ids.tolist()),
+                labels=tuple(held.targets(held.rows_of(ids)).tolist()),
+                weights=tuple(split.weights[place, :ROSE_NEIGHBORS].tolist()),
+            )
+        )
+    return tuple(roses)
+
+
+def _images(say: Say, progress: bool) -> Path | None:
+    """The folder with the images, downloaded if need be; None where they cannot be had."""
+    if (folder := find_cifar100()) is not None:
+        return folder
+    say("CIFAR-100 is not on this machine; asking its publisher …")
+    try:
+        with progress_bar("downloading", 0, shown=progress) as advance:
+            return download_cifar100(progress=lambda done, _: advance(done))
+    except DataNotFound as error:
+        say(f"{error}")
+        say("Going on with the keys that ship with the package: the same table, but no pictures.")
+        return None
+
+
+def _from_images(folder: Path, say: Say, progress: bool) -> tuple[DemoResult, tuple[Cifar100, Cifar100]]:
+    from residual_memory.demo.images import Images
+    from residual_memory.models.torch import build_memory, fingerprint, observe
+
+    train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
+    choosing, final = shipped_network("resnet8-45000"), shipped_network("resnet8-50000")
+    rows: list[Measured] = []
+    roses: tuple[Rose, ...] = ()
+    for choice in (PLAIN, FINE):
+        say(f"{choice.name}: choosing the setting on 5,000 held-out training images …")
+        chosen = tuned_setting(choosing, train, choice, progress=progress)
+        say(f"{choice.name}: {chosen.verdict}, with k = {chosen.best.n_neighbors}, T = {chosen.best.temperature:g}")
+        say(f"{choice.name}: building the memory of all 50,000 training images …")
+        name = f"resnet8-{choice.layer}-{choice.pool}x{choice.pool}-{fingerprint(final)['sha256'][:8]}"
+        path = user_cache() / "demo" / name
+        with build_memory(final, Images(train), path, **choice.options, verbose=progress) as memory:
+            memory.save_setting(chosen.best.to_dict())
+            seen = observe(final, Images(test), memory, verbose=progress)
+            rows.append(measure(memory, seen, chosen.best, choice.name, chosen.best_memory_only))
+            roses = find_roses(memory, seen, rows[-1], train.class_names)
+    data = "official images, settings chosen on 5,000 held-out training images"
+    return DemoResult(tuple(rows), roses, data, test.labels, train.class_names, 0.0), (train, test)
+
+
+def _from_keys(say: Say) -> DemoResult:
+    shipped, settings = shipped_keys(), shipped_settings()[PLAIN.name]
+    predictions = shipped.predictions()
+    memory = Memory.create(dim=shipped.keys.shape[1], n_outputs=len(shipped.class_names))
+    say("building the memory of 50,000 training images from their shipped keys …")
+    memory.append(shipped.keys[:N_TRAIN], shipped.labels[:N_TRAIN], predictions[:N_TRAIN])
+    rows = np.arange(N_TRAIN, len(shipped.keys))
+    seen = Observations(rows, shipped.keys[rows], shipped.labels[rows], predictions[rows])
+    setting, alone = (Setting.from_dict(settings[name]) for name in ("best", "best_memory_only"))
+    row = measure(memory, seen, setting, PLAIN.name, alone)
+    data = "shipped 8-bit keys, setting chosen earlier on 5,000 held-out training images"
+    return DemoResult((row,), (), data, shipped.labels[rows], shipped.class_names, 0.0)
