@@ -27,10 +27,14 @@ class ResultFile:
 
     def __init__(self, name: str, command: str, data: str, *, folder: Path = RESULTS, fresh: bool = False) -> None:
         self.path = folder / f"{name}.json"
-        self._head = {"name": name, "command": command, "data": data, "commit": _commit(), "machine": _machine()}
+        self._name, self._command, self._data = name, command, data
         self.rows: list[Row] = []
         if self.path.exists() and not fresh:
             self.rows = json.loads(self.path.read_text())["rows"]
+
+    def holds(self, setting: str, seed: int) -> bool:
+        """Whether this row was measured already."""
+        return any((row["setting"], row["seed"]) == (setting, seed) for row in self.rows)
 
     def row(self, setting: str, seed: int, measure: Callable[[], Row]) -> Row:
         """The row of this setting and seed, measured unless the file has it already."""
@@ -56,12 +60,25 @@ class ResultFile:
         return "\n".join(lines)
 
     def _write(self) -> None:
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        content = json.dumps({**self._head, "created": created, "rows": self.rows}, indent=1, ensure_ascii=False)
+        head = stamped(self._name, self._command, self._data)
+        content = json.dumps({**head, "rows": self.rows}, indent=1, ensure_ascii=False)
         part = self.path.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(content + "\n")
         os.replace(part, self.path)
+
+
+def stamped(name: str, command: str, data: str) -> Row:
+    """The head of a result file: what was run, on what, when and where."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {
+        "name": name,
+        "command": command,
+        "commit": _commit(),
+        "machine": _machine(),
+        "data": data,
+        "created": created,
+    }
 
 
 def _commit() -> str:

@@ -6,6 +6,7 @@ were trained on all 50,000 images use it on the test images.
 
 import json
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -53,49 +54,65 @@ def run(*, quick: bool, fresh: bool) -> None:
     if folder is None:
         raise SystemExit("CIFAR-100 was not found; run `make data`, or set RESMEM_DATA")
     train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
+    if quick:
+        train, test = train.first(5_000), test.first(1_000)
     data = "CIFAR-100, official test split (10,000); settings from 5,000 held-out training images"
     results = ResultFile(NAME, f"python -m experiments {NAME}", data, fresh=fresh, **_quick_folder(quick))
     repeated = near_duplicates(train, test)
-    draw_pairs(repeated, train, test, PICTURES / "near-duplicates.png")
     settings = {}
     for choice in (PLAIN,) if quick else CHOICES:
         chosen = tuned_setting(shipped_network("resnet8-45000"), train, choice, progress=True)
         settings[choice.name] = {"best": chosen.best.to_dict(), "best_memory_only": chosen.best_memory_only.to_dict()}
         for seed in (0,) if quick else SEEDS:
-            _measure_network(results, choice, chosen, seed, train, test, repeated.rows)
-        if choice is PLAIN:
+            if not results.holds(f"resnet8 {choice.name}", seed):
+                seen = _Seen.by(_network(seed), choice, chosen, train, test)
+                _measure(results, seen, choice, chosen, seed, repeated.rows)
+                if seed == 0 and not quick:
+                    _ship(seen, choice)
+        if choice is PLAIN and not quick:
             results.row("resnet8 plain from the shipped 8-bit keys", 0, partial(_shipped, chosen))
     if not quick:
+        draw_pairs(repeated, train, test, PICTURES / "near-duplicates.png")
         (ASSETS / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     print(results.table())
 
 
-def _measure_network(
+@dataclass(frozen=True)
+class _Seen:
+    """One network, its memory, and what both say of the test images."""
+
+    network: CifarResNet
+    memory: Memory
+    rows: Observations
+    measured: Measured
+    train: Cifar100
+    test: Cifar100
+
+    @staticmethod
+    def by(network: CifarResNet, choice: KeyChoice, chosen: TuningResult, train: Cifar100, test: Cifar100) -> "_Seen":
+        memory = build_memory(network, Images(train), None, **choice.options)
+        rows = observe(network, Images(test), memory)
+        measured = measure(memory, rows, chosen.best, choice.name, chosen.best_memory_only)
+        return _Seen(network, memory, rows, measured, train, test)
+
+
+def _measure(
     results: ResultFile,
+    seen: _Seen,
     choice: KeyChoice,
     chosen: TuningResult,
     seed: int,
-    train: Cifar100,
-    test: Cifar100,
     repeated: Int64[ndarray, " p"],
 ) -> None:
-    """All rows of one key choice and one network."""
-    network = _network(seed)
-    memory = build_memory(network, Images(train), None, **choice.options)
-    seen = observe(network, Images(test), memory)
-    measured = measure(memory, seen, chosen.best, choice.name, chosen.best_memory_only)
-    held_out = {"held_out_gain": chosen.gain.value, "chosen": chosen.best.to_dict()}
+    """All rows of one key choice and one network; the row named after the choice comes last and marks them done."""
     name = f"resnet8 {choice.name}"
-    results.row(name, seed, lambda: _row("resmem", {**measured.evaluation.to_dict(), **held_out}))
-    results.row(f"{name} without near-duplicates", seed, lambda: _without(measured, seen, repeated))
+    results.row(f"{name} without near-duplicates", seed, lambda: _without(seen.measured, seen.rows, repeated))
     if choice is PLAIN:
-        results.row("resnet8 plain, the paper's k, σ and T", seed, lambda: _paper(memory, seen))
+        results.row("resnet8 plain, the paper's k, σ and T", seed, lambda: _paper(seen.memory, seen.rows))
     if seed == 0:
-        results.row(f"resnet8 linear probe on {choice.name} keys", seed, lambda: _probe(memory, seen))
-    if seed == 0 and choice is PLAIN:
-        _ship_keys(memory, seen, network, train)
-    if seed == 0 and choice is FINE:
-        _draw_roses(memory, seen, measured, train, test)
+        results.row(f"resnet8 linear probe on {choice.name} keys", seed, lambda: _probe(seen.memory, seen.rows))
+    held_out = {"held_out_gain": chosen.gain.value, "chosen": chosen.best.to_dict()}
+    results.row(name, seed, lambda: _row("resmem", {**seen.measured.evaluation.to_dict(), **held_out}))
 
 
 def _quick_folder(quick: bool) -> dict[str, Path]:
@@ -158,12 +175,16 @@ def _queries(memory: Memory, seen: Observations) -> Float[ndarray, "q d"]:
     return keys / np.linalg.norm(keys, axis=1, keepdims=True) if memory.layout.metric == "cosine" else keys
 
 
-def _ship_keys(memory: Memory, seen: Observations, network: CifarResNet, train: Cifar100) -> None:
-    """Write the 8-bit keys that the package ships."""
-    keys = np.concatenate([memory.snapshot.keys.take(np.arange(N_TRAIN)), seen.keys])
-    labels = np.concatenate([train.labels, np.asarray(seen.labels)])
-    head = {name: value.detach().numpy() for name, value in network.head.named_parameters()}
-    write_keys(SHIPPED_KEYS, ShippedKeys(keys, labels, head["weight"], head["bias"], train.class_names))
+def _ship(seen: _Seen, choice: KeyChoice) -> None:
+    """Write what the package and its pages ship: the 8-bit keys of the pooled layer, the roses of the finest."""
+    if choice is FINE:
+        roses = find_roses(seen.memory, seen.rows, seen.measured, seen.train.class_names)
+        roses_figure(roses, seen.train, seen.test).savefig(PICTURES / "roses.png", dpi=120)
+    if choice is PLAIN:
+        keys = np.concatenate([seen.memory.snapshot.keys.take(np.arange(N_TRAIN)), seen.rows.keys])
+        labels = np.concatenate([seen.train.labels, np.asarray(seen.rows.labels)])
+        head = {name: value.detach().numpy() for name, value in seen.network.head.named_parameters()}
+        write_keys(SHIPPED_KEYS, ShippedKeys(keys, labels, head["weight"], head["bias"], seen.train.class_names))
 
 
 def _shipped(chosen: TuningResult) -> Row:
@@ -182,8 +203,3 @@ def _shipped(chosen: TuningResult) -> Row:
         memory_only=chosen.best_memory_only,
     )
     return _row("resmem", {**figures.to_dict(), "file_bytes": SHIPPED_KEYS.stat().st_size})
-
-
-def _draw_roses(memory: Memory, seen: Observations, measured: Measured, train: Cifar100, test: Cifar100) -> None:
-    roses = find_roses(memory, seen, measured, train.class_names)
-    roses_figure(roses, train, test).savefig(PICTURES / "roses.png", dpi=120)

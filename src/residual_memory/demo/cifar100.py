@@ -12,7 +12,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +50,15 @@ class Cifar100:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, n: int) -> "Cifar100":
+        """The first n images alone."""
+        return replace(self, images=self.images[:n], labels=self.labels[:n], superclasses=self.superclasses[:n])
 
-def held_out_split(n: int = 50_000, n_held_out: int = 5_000) -> tuple[Int64[ndarray, " n"], Int64[ndarray, " h"]]:
-    """The fixed split of the training images: (rows to train on, rows held out), both ascending."""
+
+def held_out_split(n: int = 50_000) -> tuple[Int64[ndarray, " n"], Int64[ndarray, " h"]]:
+    """The fixed split of n training images: (rows to train on, a tenth held out), both ascending."""
     order = np.random.default_rng(SPLIT_SEED).permutation(n)
-    return np.sort(order[:-n_held_out]), np.sort(order[-n_held_out:])
+    return np.sort(order[: -(n // 10)]), np.sort(order[-(n // 10) :])
 
 
 def user_cache() -> Path:

@@ -215,7 +215,7 @@ def tuned_setting(network: "CifarResNet", train: Cifar100, choice: KeyChoice, *,
     from residual_memory.demo.images import Images
     from residual_memory.models.torch import build_memory, observe
 
-    fitted, held_out = held_out_split()
+    fitted, held_out = held_out_split(len(train))
     memory = build_memory(network, Images(train, fitted), None, **choice.options, verbose=progress)
     seen = observe(network, Images(train, held_out), memory, verbose=progress)
     shrinkages = {"shrinkages": (1.0,)} if choice is PLAIN else {}

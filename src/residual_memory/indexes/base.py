@@ -6,37 +6,19 @@ neither on the engine's arithmetic, nor on blocks, parts or the order of the row
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 
+from residual_memory.indexes.distances import KeySource, pair_distances
 from residual_memory.types import Neighbors
 
-SCRATCH_BYTES = 1 << 20  # gathered keys that are scored at a time: stays in a core's cache
 WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a time
 
 Reject = Callable[[Int64[ndarray, " m"], Int64[ndarray, "m s"]], Bool[ndarray, "m s"]]
-
-
-@runtime_checkable
-class KeySource(Protocol):
-    """Keys in rows, in RAM or on disk: what an index is built from and re-scored with."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "... d"]: ...
-
-    def blocks(self, size: int, first: int = 0) -> Iterator[Shaped[ndarray, "b d"]]: ...
 
 
 @dataclass(frozen=True)
@@ -114,28 +96,6 @@ def nearest(
     return found
 
 
-def pair_distances(
-    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
-) -> Float[ndarray, "q s"]:
-    """Euclidean distances between each query and its rows; +inf where a row is −1.
-
-    Differences are taken in float32, or in float64 where the keys are stored so: the same for every engine, and exactly
-    0 between a key and itself.
-    """
-    distances = np.empty(rows.shape)
-    dtype = np.float64 if keys.dtype == np.float64 else np.float32
-    queries = queries.astype(dtype)
-    step = max(1, SCRATCH_BYTES // max(1, rows.shape[1] * keys.width * 8))
-    for start in range(0, len(queries), step):
-        piece = slice(start, start + step)
-        differences = keys.take(np.maximum(rows[piece], 0)).astype(dtype, copy=False)
-        differences -= queries[piece, None, :]
-        distances[piece] = np.einsum("qsd,qsd->qs", differences, differences)
-    np.sqrt(distances, out=distances)
-    distances[rows < 0] = np.inf
-    return distances
-
-
 def _rescored(
     keys: KeySource,
     queries: Float[ndarray, "m d"],
@@ -173,18 +133,3 @@ def _merged(listed: Sequence[Candidates]) -> Candidates:
     promised = [part.bounds for part in listed if part.bounds is not None]
     rows = np.concatenate([part.rows for part in listed], axis=1)
     return Candidates(rows, np.min(promised, axis=0) if len(promised) == len(listed) else None)
-
-
-def squared_error(dim: int, scale: Any) -> Any:
-    """How far a squared distance computed in float32 by inner products may be from the true one.
-
-    Parameters
-    ----------
-    scale : (‖query‖ + largest ‖key‖)², of the centred vectors.
-
-    References
-    ----------
-    Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019: rounding errors of a sum of d
-    terms grow as sqrt(d) unless they conspire; 4 deviations and some slack for the subtraction of the centre.
-    """
-    return (4 * np.sqrt(dim) + 16) * np.finfo(np.float32).eps * scale

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy import ndarray
 
-from residual_memory.indexes.base import Candidates, Index, KeySource, squared_error
+from residual_memory.indexes.base import Candidates, Index
+from residual_memory.indexes.distances import KeySource, squared_error
 
 KEYS_PER_BLOCK = 1 << 16
 QUERIES_PER_BLOCK = 1 << 8

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Candidates, Index, KeySource
+from residual_memory.indexes.base import Candidates, Index
+from residual_memory.indexes.distances import KeySource
 
 TRAINING_ROWS_PER_CELL = 64
 ADDED_PER_BLOCK = 1 << 16

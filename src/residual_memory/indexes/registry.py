@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from residual_memory.errors import InvalidInput, MissingExtra
-from residual_memory.indexes.base import Index, KeySource
+from residual_memory.indexes.base import Index
+from residual_memory.indexes.distances import KeySource
 
 EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
 

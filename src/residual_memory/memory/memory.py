@@ -425,8 +425,9 @@ class Memory:
             raise DuplicateId(f"id {values[counts > 1][0].item()!r} is given {counts.max()} times")
         fresh = _kind(new) == "integer" and n > 0 and values[0] >= manifest.next_id
         if not fresh and (held := self._snapshot.rows_of(new) >= 0).any():
+            example = new[held][0].item()
             raise DuplicateId(
-                f"the memory already holds {held.sum():,} of the {n:,} ids, for example {new[held][0].item()!r}; forget them first"
+                f"the memory already holds {held.sum():,} of the {n:,} ids, for example {example!r}; forget them first"
             )
         return new
 

@@ -39,6 +39,11 @@ class Column:
         """Numbers in a row."""
         return int(np.prod(self._parts[0].shape[1:], dtype=int))
 
+    @property
+    def whole(self) -> ndarray | None:
+        """The column as one array, where it is one."""
+        return self._parts[0] if len(self._parts) == 1 else None
+
     def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "..."]:
         """The values of these rows, in their shape."""
         if len(self._parts) == 1:

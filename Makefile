@@ -1,0 +1,43 @@
+# Everything on a fresh machine with Python 3.11 and make: `make demo` and `make test` set up what they need.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+# A packed copy of the public data may lie beside the clone; without it the demo asks the publisher.
+PACKED ?= ../shared/data
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/residual-memory
+
+.PHONY: install data demo test check bench docs clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+data: $(READY)
+	@if [ -f $(PACKED)/unpack.py ]; then $(BIN)/python $(PACKED)/unpack.py $(CACHE) cifar100; fi
+
+demo: $(READY) data
+	$(BIN)/resmem demo --out report.html
+
+test: $(READY) data
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) data
+	$(BIN)/python -m benchmarks core
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) docs/_build report.html

@@ -1,0 +1,115 @@
+"""The distance of one query and one key: the arithmetic that every answer rests on, whatever engine proposed the pair.
+
+Differences are squared and summed pair by pair, so the distance of a key to itself is exactly 0, and a pair's distance
+depends neither on what else is computed with it nor on where the key lies. Where faiss is installed its loop does the
+work, otherwise numpy's; the two agree to the rounding of the sum.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int64, Shaped
+from numpy import ndarray
+
+SCRATCH_BYTES = 1 << 20  # gathered keys that are scored at a time: stays in a core's cache
+
+
+@runtime_checkable
+class KeySource(Protocol):
+    """Keys in rows, in RAM or on disk: what an index is built from and re-scored with."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def whole(self) -> ndarray | None:
+        """All keys as one array, where they are one."""
+
+    def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "... d"]: ...
+
+    def blocks(self, size: int, first: int = 0) -> Iterator[Shaped[ndarray, "b d"]]: ...
+
+
+def pair_distances(
+    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
+) -> Float[ndarray, "q s"]:
+    """Euclidean distances between each query and its rows; +inf where a row is −1.
+
+    Computed in float32, or in float64 where the keys are stored so.
+    """
+    if keys.dtype == np.float64:
+        squared = _gathered_squares(keys, queries.astype(np.float64), rows, np.dtype(np.float64))
+    else:
+        squared = _single_precision(keys, np.ascontiguousarray(queries, np.float32), rows)
+    distances = np.sqrt(squared, dtype=np.float64)
+    distances[rows < 0] = np.inf
+    return distances
+
+
+def squared_error(dim: int, scale: Any) -> Any:
+    """How far a squared distance computed in float32 by inner products may be from the true one.
+
+    Parameters
+    ----------
+    scale : (‖query‖ + largest ‖key‖)², of the centred vectors.
+
+    References
+    ----------
+    Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019: rounding errors of a sum of d
+    terms grow as sqrt(d) unless they conspire; 4 deviations and some slack for the subtraction of the centre.
+    """
+    return (4 * np.sqrt(dim) + 16) * np.finfo(np.float32).eps * scale
+
+
+def _single_precision(
+    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
+) -> Float[ndarray, "q s"]:
+    if not _has_faiss():
+        return _gathered_squares(keys, queries, rows, np.dtype(np.float32))
+    squared = np.empty(rows.shape, np.float32)
+    whole = keys.whole
+    if whole is not None and whole.dtype == np.float32 and whole.flags.c_contiguous:
+        _by_faiss(squared, queries, whole, np.ascontiguousarray(rows))
+        return squared
+    for piece in _pieces(rows.shape, keys.width):
+        gathered = keys.take(np.maximum(rows[piece], 0)).astype(np.float32, copy=False)
+        local = np.arange(rows[piece].size).reshape(rows[piece].shape)
+        _by_faiss(squared[piece], queries[piece], gathered.reshape(-1, keys.width), local)
+    return squared
+
+
+def _gathered_squares(
+    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"], dtype: np.dtype
+) -> Float[ndarray, "q s"]:
+    squared = np.empty(rows.shape, dtype)
+    for piece in _pieces(rows.shape, keys.width):
+        differences = keys.take(np.maximum(rows[piece], 0)).astype(dtype, copy=False)
+        differences -= queries[piece, None, :]
+        np.einsum("qsd,qsd->qs", differences, differences, out=squared[piece])
+    return squared
+
+
+def _by_faiss(squared: ndarray, queries: ndarray, keys: ndarray, rows: ndarray) -> None:
+    """Squared distances of each query to its rows of `keys`, written into `squared`."""
+    import faiss
+
+    pointers = [faiss.swig_ptr(array) for array in (squared, queries, keys, rows)]
+    faiss.fvec_L2sqr_by_idx(*pointers, queries.shape[1], *rows.shape)  # type: ignore[attr-defined]
+
+
+def _pieces(shape: tuple[int, ...], width: int) -> Iterator[slice]:
+    step = max(1, SCRATCH_BYTES // max(1, shape[1] * width * 8))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+@cache
+def _has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
