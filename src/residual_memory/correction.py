@@ -220,7 +220,7 @@ class ResidualKNN:
         return typical if typical > 0 else 1.0
 
 
-def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike = 1.0) -> Float[ndarray, "q c"]:
+def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | float = 1.0) -> Float[ndarray, "q c"]:
     """The corrected scores: predictions + shrinkage · residual.
 
     Parameters

@@ -1,7 +1,7 @@
 """From a label and a base prediction to the residual: what the base could not learn."""
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
@@ -40,7 +40,7 @@ def tempered(probabilities: Float[ndarray, "... c"], temperature: float) -> Floa
 
 
 def classification_residuals(
-    labels: Int64[ndarray, " b"], probabilities: Float[ndarray, "b c"], temperature: float = 1.0
+    labels: Int[ndarray, " b"], probabilities: Float[ndarray, "b c"], temperature: float = 1.0
 ) -> Float[ndarray, "b c"]:
     """onehot(label) − softmax(logits / T), derived from the base probabilities at temperature 1. Rows sum to 0.
 

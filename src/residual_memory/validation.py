@@ -146,23 +146,30 @@ def as_class_indices(labels: ArrayLike, n_outputs: int) -> Int64[ndarray, " b"]:
 
 def as_ids(ids: ArrayLike, n_rows: int | None = None, *, name: str = "ids") -> Shaped[ndarray, " b"]:
     """Ids or groups: int64 ≥ 0, or strings."""
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError) as error:
+        raise InvalidInput(f"{name} are no plain list of integers or strings: {error}") from None
     if array.ndim != 1 or (n_rows is not None and len(array) != n_rows):
         expected = "one axis" if n_rows is None else f"{n_rows:,}, one a row"
         raise DimensionMismatch(f"{name} have shape {array.shape}, expected {expected}")
-    if array.dtype == object and all(isinstance(value, str) for value in array):
-        array = array.astype(np.str_)
-    if array.dtype.kind == "U":
-        if array.size and (array == "").any():
-            raise InvalidInput(f"{name} hold an empty string, expected a name for every row")
-        if any("\0" in value for value in array.tolist()):
-            raise InvalidInput(f"{name} hold a NUL character, which no id may have")
-        return array
+    if array.dtype.kind in "UO" and all(isinstance(value, str) for value in array):
+        given = ids if isinstance(ids, list | tuple) else array.tolist()  # numpy drops NULs at the end
+        if bad := [value for value in given if not _is_storable(value)]:
+            raise InvalidInput(f"{name} hold {bad[0]!r}, expected text that is not empty and has no NUL")
+        return array.astype(np.str_)
     if array.dtype.kind not in "iu" and array.size:
         raise InvalidInput(f"{name} are {array.dtype}, expected integers or strings")
     if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int64).max):
         raise InvalidInput(f"{name} hold {array.min()}, expected integers from 0 to 2^63 − 1")
     return array.astype(np.int64)
+
+
+def _is_storable(value: str) -> bool:
+    try:
+        return "\0" not in value and value.encode() != b""
+    except UnicodeEncodeError:
+        return False
 
 
 def as_count(name: str, value: Any) -> int:

@@ -200,7 +200,8 @@ class _Parquet(_Sink):
     """A row each: id, base and corrected as lists, and the class's name."""
 
     def __init__(self, path: Path, memory: Memory) -> None:
-        self._memory, self._path, self._writer = memory, path, None
+        self._memory, self._path = memory, path
+        self._writer: Any = None
 
     def take(self, answer: _Answer) -> None:
         import pyarrow as pa

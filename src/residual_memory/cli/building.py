@@ -12,10 +12,11 @@ from numpy import ndarray
 
 from residual_memory.cli import options
 from residual_memory.cli.data import Block, NpyColumn, Reading, Rows, open_data, open_rows
-from residual_memory.cli.loading import Examples, load_model, user_code
+from residual_memory.cli.images import ImageFolder
+from residual_memory.cli.loading import FITTING, Examples, load_model, user_code
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Json, MemoryPath, Model, Outputs, chosen
 from residual_memory.cli.output import note, report, size_text
-from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput
+from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput, ResidualMemoryError
 from residual_memory.memory import Memory
 from residual_memory.memory.format import MANIFEST, Layout
 from residual_memory.models.base import fill, warn_if_in_sample
@@ -150,8 +151,8 @@ def _report_built(memory: Memory, seconds: float, as_json: bool) -> None:
     origin = f", from the {source['side']} of {source['layer']!r}" if source else ""
     report(
         result,
-        f"{len(memory):,} rows in {memory.path}: {size_text(memory.n_bytes)}, {layout.task} with {layout.n_outputs:,} outputs",
-        f"keys of {layout.dim:,} numbers{origin}",
+        f"{len(memory):,} rows in {memory.path}, {size_text(memory.n_bytes)}",
+        f"{layout.task} with {layout.n_outputs:,} outputs, keys of {layout.dim:,} numbers{origin}",
         f"next: resmem tune {memory.path} --data HELD_OUT" + (" --model MODULE:NAME" if source else ""),
         as_json=as_json,
     )
@@ -173,7 +174,7 @@ def _from_model(
 
     from residual_memory.models.torch import build_memory
 
-    with user_code("running the model on the data"):
+    with user_code("running the model on the data", FITTING):
         return build_memory(
             model,
             dataset,  # type: ignore[arg-type]
@@ -190,8 +191,6 @@ def _from_model(
 
 
 def _classes_of(found: Rows | Examples) -> list[str] | None:
-    from residual_memory.cli.images import ImageFolder
-
     return found.classes if isinstance(found, ImageFolder) else None
 
 
@@ -366,9 +365,14 @@ def add(
         try:
             with progress_bar("adding", rows.n_rows, done=first_row) as advance:
                 fill(memory, _watched(_observations(rows, memory, first=first_row, next_id=next_id), advance))
-        except BaseException:
+        except KeyboardInterrupt:
+            added = len(memory) - before
+            raise options.Interrupted(
+                f"interrupted after {added:,} rows were added; go on with --first-row {first_row + added}"
+            ) from None
+        except ResidualMemoryError:
             if added := len(memory) - before:
-                note(f"{added:,} rows were added before this; go on after them with --first-row {first_row + added}")
+                note(f"{added:,} rows were added before this: leave them out with --first-row {first_row + added}")
             raise
         added = len(memory) - before
         report(

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy import ndarray
 
-from residual_memory.cli.loading import Examples, load_dataset, load_model, user_code
+from residual_memory.cli.images import ImageFolder
+from residual_memory.cli.loading import FITTING, Examples, load_dataset, load_model, user_code
 from residual_memory.cli.options import MODEL_BATCH, OUTPUTS, chosen, similar
 from residual_memory.errors import CorruptFile, DataNotFound, InvalidInput, MissingExtra
 from residual_memory.memory import Memory
@@ -138,20 +139,17 @@ class NpyColumn:
             for start in range(first, len(self), size):
                 block = np.empty((min(size, len(self) - start), *self.shape[1:]), self.dtype)
                 if block.nbytes:
-                    self._fill(
-                        file, memoryview(block).cast("B") if block.dtype.kind != "U" else block.view(np.uint8).data
-                    )
+                    self._fill(file, block.reshape(-1).view(np.uint8).data)
                 yield block.astype(self.dtype.newbyteorder("="), copy=False)
 
     def read(self) -> ndarray:
         """The whole array."""
         return next(self.blocks(max(len(self), 1)), np.empty(self.shape, self.dtype))
 
-    def _fill(self, file: BinaryIO, view: memoryview) -> None:
-        view = view.cast("B")
+    def _fill(self, file: Any, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = file.readinto(view[done:])
             if not count:
                 raise CorruptFile(f"{self.name} ends too early: it announces the shape {self.shape}; save it again")
             done += count
@@ -180,7 +178,7 @@ def _npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype[An
         )
     if fortran and len(shape) > 1:
         raise InvalidInput(
-            f"{name} is stored column by column, so its rows cannot be read in turn; save numpy.ascontiguousarray(array)"
+            f"{name} is stored column by column and cannot be read row by row; save numpy.ascontiguousarray(array)"
         )
     if not shape:
         raise InvalidInput(f"{name} holds one number, expected an array with a row an example")
@@ -195,12 +193,11 @@ class NpyRows(Rows):
         _require_columns(name, columns, _REQUIRED)
         self.columns = frozenset(columns)
         self.n_rows = len(columns["keys"])
-        for column, values in columns.items():
+        for values in columns.values():
             if len(values) != self.n_rows:
                 raise InvalidInput(
                     f"{values.name} has {len(values):,} rows, but there are {self.n_rows:,} keys in {name}"
                 )
-        del column
 
     @staticmethod
     def of_folder(folder: Path) -> "NpyRows":
@@ -291,9 +288,8 @@ class ParquetRows(Rows):
         limits = pc.min_max(lengths)
         shortest, longest = limits["min"].as_py(), limits["max"].as_py()
         if shortest != longest:
-            raise InvalidInput(
-                f"column {_IN_PARQUET[name]!r} of {self.name} has lists of {shortest} to {longest} numbers, expected one length"
-            )
+            where = f"column {_IN_PARQUET[name]!r} of {self.name}"
+            raise InvalidInput(f"{where} has lists of {shortest} to {longest} numbers, not of one length")
         flat = column.flatten()
         if flat.null_count:
             raise InvalidInput(f"column {_IN_PARQUET[name]!r} of {self.name} has missing values; leave such rows out")
@@ -348,9 +344,20 @@ class ModelRows(Rows):
     dataset : items (x, y), or x alone where labels are not needed.
     labelled : whether the items have labels.
     batch_size : examples that the model sees at once.
+    names : of the examples, as their ids; None numbers them.
     """
 
-    def __init__(self, name: str, watch: Any, dataset: Examples, *, labelled: bool, batch_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        watch: Any,
+        dataset: Examples,
+        *,
+        labelled: bool,
+        batch_size: int,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self._names = names
         self.name, self._watch, self._dataset, self._labelled = name, watch, dataset, labelled
         self._batch_size = as_count("--batch-size", batch_size)
         self.n_rows = len(dataset)
@@ -362,7 +369,7 @@ class ModelRows(Rows):
         chosen_rows: Any = Subset(self._dataset, range(first, self.n_rows))  # type: ignore[arg-type]
         batches = iter(DataLoader(chosen_rows, size or self._batch_size))
         while True:
-            with user_code(f"running the model on {self.name}"):
+            with user_code(f"running the model on {self.name}", FITTING):
                 batch = next(batches, None)
                 if batch is None:
                     return
@@ -377,7 +384,8 @@ class ModelRows(Rows):
         raw, keys = self._watch.run(batch[0] if pair else batch)
         said = self._watch.predictions(raw).cpu().numpy()
         labels = np.asarray(batch[1].cpu()) if self._labelled else None
-        return Block(first, keys.cpu().numpy(), said, labels)
+        ids = None if self._names is None else np.array(self._names[first : first + len(keys)])
+        return Block(first, keys.cpu().numpy(), said, labels, ids)
 
 
 # ---------------------------------------------------------------------- from what the user types
@@ -426,7 +434,8 @@ def open_rows(text: str, memory: Memory, reading: Reading, *, labelled: bool = T
     if reading.model is None:
         raise InvalidInput(f"{text} is a data set of examples; add --model MODULE:NAME, the model to run on it")
     watch = _watch(load_model(reading.model), memory, chosen("--outputs", reading.outputs, OUTPUTS))
-    return ModelRows(text, watch, found, labelled=labelled, batch_size=reading.batch_size)
+    names = found.names if isinstance(found, ImageFolder) and not labelled else None
+    return ModelRows(text, watch, found, labelled=labelled, batch_size=reading.batch_size, names=names)
 
 
 def open_data(
@@ -437,8 +446,6 @@ def open_data(
     if path.is_dir():
         if any((path / f"{name}.npy").exists() for name in COLUMNS):
             return NpyRows.of_folder(path)
-        from residual_memory.cli.images import ImageFolder
-
         return ImageFolder(path, size=image_size, class_names=class_names, labelled=labelled)
     if path.is_file():
         readers: dict[str, Callable[[Path], Rows]] = {".npz": NpyRows.of_npz, ".parquet": ParquetRows}

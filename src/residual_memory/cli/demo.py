@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from residual_memory.cli.options import Json
-from residual_memory.cli.output import report
+from residual_memory.cli.output import note, report
 from residual_memory.errors import InvalidInput
 
 
@@ -26,5 +26,5 @@ def demo(
         raise InvalidInput(f"--out is {out}, but there is no folder {out.parent}; make it first")
     from residual_memory.demo.run import run_demo
 
-    result = run_demo(out=out, quick=quick, progress=not as_json)
+    result = run_demo(out=out, quick=quick, progress=True, say=note)
     report(result.to_dict(), *result.text.splitlines(), as_json=as_json)

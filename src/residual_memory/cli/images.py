@@ -43,9 +43,10 @@ class ImageFolder:
         else:
             self.classes = list(class_names or ())
             self._items = [(path, -1) for path in _images_under(folder)]
+        self.names = [str(path.relative_to(folder)) for path, _ in self._items]
         if not self._items:
             raise InvalidInput(
-                f"{folder} holds no images in class subfolders, and no keys.npy; expected either, or another kind of data"
+                f"{folder} holds neither keys.npy nor images in class subfolders; name another folder or file"
             )
 
     def __len__(self) -> int:

@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from residual_memory.errors import InvalidInput, MissingExtra, ResidualMemoryError
 
+FITTING = "do the model and the data fit each other?"
+
 
 @runtime_checkable
 class Examples(Protocol):
@@ -22,7 +24,7 @@ class Examples(Protocol):
 
 
 @contextlib.contextmanager
-def user_code(doing: str) -> Iterator[None]:
+def user_code(doing: str, remedy: str = "does it work in Python by itself?") -> Iterator[None]:
     """Failures inside as an `InvalidInput` that names the place; what is printed inside goes to stderr."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -32,10 +34,8 @@ def user_code(doing: str) -> Iterator[None]:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         lines = str(error).strip().splitlines() or ["no message"]
-        raise InvalidInput(
-            f"{doing} failed with {type(error).__name__}: {lines[0]} ({Path(place.filename).name}, line {place.lineno}); "
-            "do the model and the data fit each other, and do both work by themselves?"
-        ) from error
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise InvalidInput(f"{doing} failed with {type(error).__name__}: {lines[0]} ({where}); {remedy}") from error
 
 
 def load_model(reference: str) -> Any:

@@ -1,10 +1,11 @@
 """The command `resmem`: its commands, and how errors end it.
 
-Exit codes: 0 all went well; 1 a finding (no gain, damage found) or a refusal of the disk; 2 usage; 3 a corrupt file; 4 a
-memory that another process is writing to; 130 interrupted.
+Exit codes: 0 all went well; 1 a finding (no gain, damage found) or a refusal of the disk; 2 usage; 3 a corrupt file;
+4 a memory that another process is writing to; 130 interrupted.
 """
 
 import difflib
+import io
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 from residual_memory._version import __version__
 from residual_memory.cli import asking, building, demo, keeping, measuring
+from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
     CorruptFile,
@@ -26,6 +28,7 @@ from residual_memory.errors import (
     MissingExtra,
     ResidualMemoryError,
     ResidualMemoryWarning,
+    UnknownId,
     UnsupportedFormat,
 )
 
@@ -40,12 +43,17 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (MissingExtra, USAGE),
     (MemoryNotFound, USAGE),
     (DataNotFound, USAGE),
+    (UsageError, USAGE),
+    (Interrupted, INTERRUPTED),
 )
+_HELP = "{command} --help says what is expected"
 _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (CorruptFile, "resmem verify MEMORY lists what is damaged; restore it from a copy, or build the memory again"),
     (MemoryLocked, "wait until the other process is done, or stop it"),
     (MemoryNotFound, "name the directory of a memory, or make one: resmem build --help"),
-    (InvalidInput, "resmem COMMAND --help says what is expected"),
+    (UnknownId, "nothing was changed; name ids that the memory holds"),
+    (InvalidInput, _HELP),
+    (UsageError, _HELP),
 )
 
 
@@ -79,6 +87,7 @@ _PANELS = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+_NAMES = frozenset(command.__name__ for commands in _PANELS.values() for command in commands)
 
 
 @app.callback(invoke_without_command=True)
@@ -102,7 +111,7 @@ def resmem(
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
-    as_json = "--json" in arguments
+    _never_fail_to_print()
     command = typer.main.get_command(app)
     with _warnings_as_notes():
         try:
@@ -111,23 +120,23 @@ def main(args: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, typer.Abort):
             return _interrupted()
         except ResidualMemoryError as error:
-            return _failed(error, str(error), as_json)
+            return _failed(error, str(error), arguments)
         except UsageError as error:
-            where = error.ctx.command_path if error.ctx else "resmem"
-            return _failed(error, f"{error.format_message()}; {where} --help shows what there is", as_json)
+            return _failed(error, error.format_message(), arguments)
         except OSError as error:
-            return _failed(error, str(error), as_json)
+            return _failed(error, str(error), arguments)
 
 
-def _failed(error: Exception, message: str, as_json: bool) -> int:
+def _failed(error: Exception, message: str, arguments: Sequence[str]) -> int:
     """Say the cause and the remedy, each on a line of its own."""
     cause, remedy = _parts(error, message)
     code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), FINDING)
-    code = USAGE if isinstance(error, UsageError) else code
+    named = next((argument for argument in arguments if argument in _NAMES), "COMMAND")
+    remedy = remedy.format(command=f"resmem {named}") if remedy == _HELP else remedy
     note(f"error: {cause}")
     if remedy:
         note(f"remedy: {remedy}")
-    if as_json:
+    if "--json" in arguments:
         kind = type(error).__name__
         report({"error": {"type": kind, "cause": cause, "remedy": remedy, "exit_code": code}}, as_json=True)
     return code
@@ -148,17 +157,24 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
+def _never_fail_to_print() -> None:
+    """Where the terminal's encoding lacks a character, escape it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
     """The library's warnings as one line each; others as they are."""
     with warnings.catch_warnings():
         shown_before = warnings.showwarning
 
-        def show(message: Any, category: Any, *place: Any) -> None:
+        def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
             if issubclass(category, ResidualMemoryWarning):
                 note(f"warning: {message}")
             else:
-                shown_before(message, category, *place)
+                shown_before(message, category, *place, **more)
 
         warnings.simplefilter("always", ResidualMemoryWarning)
         warnings.showwarning = show

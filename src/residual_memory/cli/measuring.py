@@ -29,6 +29,7 @@ from residual_memory.metrics import Estimate
 from residual_memory.progress import progress_bar
 from residual_memory.validation import as_count, as_positive
 
+BATCHES_TIMED = 10  # at least, so that the slowest of them means something
 HELD_TOO_OFTEN = 0.05  # of the held-out rows may be in the memory before the user is told
 
 MetricOption = Annotated[
@@ -63,7 +64,7 @@ def tune(
         if save:
             memory.save_setting(result.best.to_dict())
         kept = f"saved with {path}" if save else "not saved"
-        _report_evaluation(memory, data, result, result.best, f"{_setting_line(result.best)} ({kept})", as_json)
+        _report_evaluation(memory, data, result, result.best, kept, as_json)
 
 
 def evaluate(
@@ -106,7 +107,7 @@ def evaluate(
     result = evaluation.evaluate(
         memory, rows.keys, rows.labels, rows.predictions, setting, metric=wanted, index=index, groups=rows.groups
     )
-    _report_evaluation(memory, data, result, setting, _setting_line(setting), as_json)
+    _report_evaluation(memory, data, result, setting, None, as_json)
 
 
 def saved_setting(memory: Memory, **changes: Any) -> Setting:
@@ -145,7 +146,7 @@ def _held_out(data: str, memory: Memory, reading: Reading) -> Queries:
 
 
 def _report_evaluation(
-    memory: Memory, data: str, result: Evaluation, setting: Setting, setting_line: str, as_json: bool
+    memory: Memory, data: str, result: Evaluation, setting: Setting, kept: str | None, as_json: bool
 ) -> None:
     figures = {"base": result.base, "memory_only": result.memory_only, "corrected": result.corrected}
     report(
@@ -161,7 +162,8 @@ def _report_evaluation(
         _comparison(result),
         "",
         result.verdict,
-        setting_line,
+        _setting_line(setting),
+        *([kept] if kept else []),
         as_json=as_json,
     )
     if not result.helps:
@@ -171,7 +173,8 @@ def _report_evaluation(
 def _comparison(result: Evaluation) -> Table:
     def cells(name: str, figure: Estimate) -> tuple[str, str, str]:
         if result.metric == "accuracy":
-            return name, f"{100 * figure.value:.1f} %", f"{100 * figure.low:.1f} to {100 * figure.high:.1f}"
+            low, high = max(figure.low, 0.0), min(figure.high, 1.0)  # the normal interval knows no ends
+            return name, f"{100 * figure.value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
         return name, f"{figure.value:.4g}", f"{figure.low:.4g} to {figure.high:.4g}"
 
     names = {"accuracy": "accuracy", "log_loss": "log-loss, nats", "rmse": "RMSE"}
@@ -270,13 +273,21 @@ def _faiss_bytes(factory: str, n: int, d: int) -> int:
     import faiss
 
     index, _ = empty_index(d, factory, {})
-    inner = faiss.downcast_index(index)
+    inner: Any = faiss.downcast_index(index)
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexIVF):
         return n * (int(inner.code_size) + 8) + 4 * int(inner.nlist) * int(inner.d)
-    links = 4 * int(inner.hnsw.nb_neighbors(0)) if isinstance(inner, faiss.IndexHNSW) else 0
-    return n * (int(inner.sa_code_size()) + links)
+    links = 0
+    if isinstance(inner, faiss.IndexHNSW):
+        graph: Any = inner.hnsw
+        links, inner = 4 * graph.nb_neighbors(0), faiss.downcast_index(inner.storage)
+    try:
+        return n * (int(inner.sa_code_size()) + links)
+    except RuntimeError:
+        raise InvalidInput(
+            f"what an index {factory!r} takes is not known; estimate an IVF, PQ, SQ or HNSW index"
+        ) from None
 
 
 # ---------------------------------------------------------------------- bench
@@ -298,7 +309,7 @@ def bench(
     options.check_index(index, memory.layout.dim)
     if len(memory) < 2:
         raise InvalidInput(f"{path} holds {len(memory)} rows; at least 2 are needed to time a search")
-    keys, own = _drawn(memory, count)
+    keys, own = _drawn(memory, max(count, BATCHES_TIMED * size))
     setting = saved_setting(memory)
     setting = replace(setting, n_neighbors=min(setting.n_neighbors, len(memory) - 1))
     started = time.perf_counter()
@@ -310,10 +321,10 @@ def bench(
         "predict": lambda some, excluded: knn(some, excluded),
     }
     found = []
-    with progress_bar("timing", 2 * 2 * len(keys)) as advance:
+    with progress_bar("timing", len(work) * (count + len(keys))) as advance:
         for name, call in work.items():
-            for at_once in sorted({1, min(size, len(keys))}):
-                found.append({"work": name, "batch": at_once, **_timed(call, keys, own, at_once, advance)})
+            found.append({"work": name, "batch": 1, **_timed(call, keys[:count], own[:count], 1, advance)})
+            found.append({"work": name, "batch": size, **_timed(call, keys, own, size, advance)})
     _report_speed(memory, knn, found, build_seconds, as_json)
 
 

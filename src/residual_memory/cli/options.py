@@ -8,7 +8,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from residual_memory.errors import DataNotFound, InvalidInput, MemoryNotFound
+from residual_memory.errors import DataNotFound, InvalidInput, MemoryNotFound, ResidualMemoryError
 from residual_memory.indexes.faiss import empty_index
 from residual_memory.indexes.registry import IndexSpec
 from residual_memory.memory import Memory
@@ -51,6 +51,10 @@ Index = Annotated[
 OUTPUTS = ("logits", "probabilities", "log-probabilities")
 DTYPES = ("float16", "float32", "float64")
 MODEL_BATCH = 256
+
+
+class Interrupted(ResidualMemoryError):
+    """Ctrl-C in work that goes on only if the user says where."""
 
 
 def chosen(option: str, value: str, allowed: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ _UNSHOWN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, bidi marks, l
 
 
 def shown(value: object, width: int | None = None) -> str:
-    """Text that does to a terminal nothing but appear: one line, with control characters as escapes.
+    r"""Text that does to a terminal nothing but appear: one line, with control characters as escapes.
 
     Parameters
     ----------
@@ -31,8 +31,8 @@ def shown(value: object, width: int | None = None) -> str:
 
     Examples
     --------
-    >>> shown("red \\x1b[31mcat")
-    'red \\\\x1b[31mcat'
+    >>> shown("red \x1b[31mcat")
+    'red \\x1b[31mcat'
     """
     text = "".join(_escaped(character) for character in str(value))
     return text if width is None or len(text) <= width else text[: width - 1] + "…"

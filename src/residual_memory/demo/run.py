@@ -25,7 +25,6 @@ from residual_memory.demo.cifar100 import (
 )
 from residual_memory.errors import DataNotFound
 from residual_memory.evaluation import Evaluation, HeldOut, Predicted, Setting, corrected_predictions, summarize
-from residual_memory.explanation import explain
 from residual_memory.memory import Memory
 from residual_memory.progress import progress_bar
 from residual_memory.tuning import TuningResult, tune
@@ -38,7 +37,7 @@ Say = Callable[[str], None]
 
 ROSES = 12
 ROSE_NEIGHBORS = 5
-LARGEST_SHARE = 0.35  # of one memory; above it the correction is the copy of a near-duplicate, which shows little
+LARGEST_SHARE = 0.5  # of the memories shown; above it a few near-duplicates make the correction
 FAMOUS = (("rose", "poppy"), ("cup", "plate"), ("squirrel", "rabbit"))  # the paper's own: true class, base's answer
 
 
@@ -237,39 +236,42 @@ def measure(
     return Measured(name, setting, evaluation, said, memory.path)
 
 
-def find_roses(
-    memory: Memory, seen: Observations, measured: Measured, class_names: tuple[str, ...]
-) -> tuple[Rose, ...]:
-    """Test images that the memory put right: the paper's own pairs first, then those that it changed most."""
+def find_roses(memory: Memory, seen: Observations, measured: Measured, train: Cifar100) -> tuple[Rose, ...]:
+    """Test images that the memory put right within their superclass, by memories that agree on the class.
+
+    The paper's own pairs come first. Corrections that hang on a few near-duplicates are left out: they show little.
+    """
     base, scores = measured.said.base, measured.said.corrected
     labels, said = np.asarray(seen.labels), base.argmax(1)
-    rows = np.flatnonzero((said != labels) & (scores.argmax(1) == labels))
-    change = scores[rows, labels[rows]] - scores[rows, said[rows]] - base[rows, labels[rows]] + base[rows, said[rows]]
-    rows = rows[np.argsort(-change, kind="stable")]
-    knn = measured.setting.knn(memory, index="auto")
-    if len(rows):
-        rows = rows[knn.neighbors(seen.keys[rows]).weights[:, 0] <= LARGEST_SHARE]
-    pairs = [(class_names.index(true), class_names.index(wrong)) for true, wrong in FAMOUS]
-    famous = [row for pair in pairs for row in [r for r in rows if (labels[r], said[r]) == pair][:2]]
-    chosen = np.array([*famous, *(row for row in rows if row not in famous)][:ROSES], int)
-    if not len(chosen):
+    superclass_of = np.zeros(len(train.class_names), np.int64)
+    superclass_of[train.labels] = train.superclasses
+    right = (said != labels) & (scores.argmax(1) == labels)
+    rows = np.flatnonzero(right & (superclass_of[said] == superclass_of[labels]))
+    if not len(rows):
         return ()
-    split = explain(knn, seen.keys[chosen], base[chosen], shrinkage=measured.setting.shrinkage)
+    knn = measured.setting.knn(memory, index="auto")
+    found = knn.neighbors(seen.keys[rows])
+    weights, ids = found.weights[:, :ROSE_NEIGHBORS], found.ids[:, :ROSE_NEIGHBORS]
     held = memory.snapshot
+    near = held.targets(held.rows_of(ids.ravel())).reshape(ids.shape)
+    agreement = (weights * (near == labels[rows, None])).sum(1) / weights.sum(1)
+    order = np.argsort(np.where(weights.sum(1) <= LARGEST_SHARE, -agreement, 1.0), kind="stable")
+    pairs = [(train.class_names.index(true), train.class_names.index(wrong)) for true, wrong in FAMOUS]
+    famous = [place for pair in pairs for place in [i for i in order if (labels[rows[i]], said[rows[i]]) == pair][:1]]
     roses = []
-    for place, row in enumerate(chosen):
-        ids = split.ids[place, :ROSE_NEIGHBORS]
-        pair = [int(labels[row]), int(said[row])]
+    for place in [*famous, *(i for i in order if i not in famous)][:ROSES]:
+        row = int(rows[place])
+        pair = int(labels[row]), int(said[row])
         roses.append(
             Rose(
-                row=int(row),
+                row=row,
                 label=pair[0],
                 said=pair[1],
                 base=(float(base[row, pair[0]]), float(base[row, pair[1]])),
                 corrected=(float(scores[row, pair[0]]), float(scores[row, pair[1]])),
-                ids=tuple(ids.tolist()),
-                labels=tuple(held.targets(held.rows_of(ids)).tolist()),
-                weights=tuple(split.weights[place, :ROSE_NEIGHBORS].tolist()),
+                ids=tuple(ids[place].tolist()),
+                labels=tuple(near[place].tolist()),
+                weights=tuple(weights[place].tolist()),
             )
         )
     return tuple(roses)
@@ -308,7 +310,7 @@ def _from_images(folder: Path, say: Say, progress: bool) -> tuple[DemoResult, tu
             memory.save_setting(chosen.best.to_dict())
             seen = observe(final, Images(test), memory, verbose=progress)
             rows.append(measure(memory, seen, chosen.best, choice.name, chosen.best_memory_only))
-            roses = find_roses(memory, seen, rows[-1], train.class_names)
+            roses = find_roses(memory, seen, rows[-1], train)
     data = "official images, settings chosen on 5,000 held-out training images"
     return DemoResult(tuple(rows), roses, data, test.labels, train.class_names, 0.0), (train, test)
 

@@ -10,6 +10,7 @@ read them. The manifest is canonical JSON under its own checksum: a byte that di
 """
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,15 +23,28 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, InvalidInput, UnsupportedFormat
 from residual_memory.memory.storage import Directory, FileRecord
 from residual_memory.types import Metric, Task
+from residual_memory.validation import as_count
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
 MAX_HEADER = 1 << 20
 
+SEGMENT_NAME = r"(rows|gone)-\d{8,}-[0-9a-f]{8}\.safetensors"
+LAYOUT_OPTIONS = {
+    "task": ("classification", "regression"),
+    "metric": ("euclidean", "cosine"),
+    "residuals": ("dense", "top-m"),
+    "key_dtype": ("float16", "float32", "float64"),
+    "prediction_dtype": ("float16", "float32", "float64"),
+}
+
 _DTYPE_NAMES = {"<i8": "I64", "<i4": "I32", "<f8": "F64", "<f4": "F32", "<f2": "F16", "|u1": "U8"}
 _DTYPES = {name: np.dtype(code) for code, name in _DTYPE_NAMES.items()}
-_FLOATS = ("float16", "float32", "float64")
+
+
+Column = tuple[np.dtype[Any], tuple[int, ...]]  # type and trailing shape
+Columns = dict[str, Column]
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,10 @@ class Layout:
     key_dtype: str
     prediction_dtype: str
 
-    def columns(self, m: int | None) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    def columns(self, m: int | None) -> Columns:
         """Name, type and trailing shape of each numeric column; `m` is the top-m's, None for dense."""
         key, prediction = np.dtype(self.key_dtype), np.dtype(self.prediction_dtype)
-        columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"keys": (key, (self.dim,))}
+        columns: Columns = {"keys": (key, (self.dim,))}
         if self.task == "regression":
             columns["labels"] = (prediction, (self.n_outputs,))
         else:
@@ -144,6 +158,22 @@ def _canonical(body: Mapping[str, Any]) -> bytes:
     return f'{{"crc32":{zlib.crc32(inner.encode())},\n"body":{inner}}}\n'.encode()
 
 
+def check_layout(layout: Layout) -> None:
+    """Refuse a layout that no memory can have.
+
+    Raises
+    ------
+    InvalidInput : naming the option.
+    """
+    for name, allowed in LAYOUT_OPTIONS.items():
+        if (found := getattr(layout, name)) not in allowed:
+            raise InvalidInput(f"{name} is {found!r}, expected one of {', '.join(map(repr, allowed))}")
+    as_count("dim", layout.dim)
+    as_count("n_outputs", layout.n_outputs)
+    if layout.task == "regression" and layout.residuals == "top-m":
+        raise InvalidInput("residuals='top-m' is for classification; regression keeps 'dense' values")
+
+
 def _checked_body(content: bytes, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
@@ -157,31 +187,54 @@ def _checked_body(content: bytes, where: str) -> dict[str, Any]:
 
 def _manifest_of(body: dict[str, Any]) -> Manifest:
     layout = Layout(**body.pop("layout"))
-    if layout.key_dtype not in _FLOATS or layout.prediction_dtype not in _FLOATS:
-        raise ValueError(f"unknown dtype in {layout}")
-    segments = tuple(_segment_of(entry) for entry in body.pop("segments"))
-    forgotten = body.pop("forgotten")
-    names = body.pop("class_names")
+    check_layout(layout)
+    segments, forgotten, names = body.pop("segments"), body.pop("forgotten"), body.pop("class_names")
+    if not isinstance(segments, list):
+        raise ValueError("segments are no list")
     manifest = Manifest(
         layout=layout,
-        segments=segments,
-        forgotten=_segment_of(forgotten) if forgotten else None,
-        class_names=tuple(names) if names is not None else None,
+        segments=tuple(_segment_of(entry) for entry in segments),
+        forgotten=None if forgotten is None else _segment_of(forgotten),
+        class_names=None if names is None else tuple(names),
         **body,
     )
+    _check_fields(manifest)
+    return manifest
+
+
+def _check_fields(manifest: Manifest) -> None:
     named = [record.name for record in manifest.files()]
     if len(set(named)) != len(named):
         raise ValueError("a file is named twice")
-    return manifest
+    for name in ("version", "generation", "next_id"):
+        if not _is_whole(getattr(manifest, name)):
+            raise ValueError(f"{name} is no whole number")
+    for name in ("id_kind", "group_kind"):
+        if getattr(manifest, name) not in (None, "integer", "string"):
+            raise ValueError(f"{name} is unknown")
+    if manifest.segments and manifest.id_kind is None:
+        raise ValueError("there are rows without a kind of ids")
+    if not isinstance(manifest.library, str) or not isinstance(manifest.created, str):
+        raise ValueError("library and created are no text")
+    if not all(value is None or isinstance(value, dict) for value in (manifest.source, manifest.setting)):
+        raise ValueError("source or setting is no object")
+    if manifest.top_m is not None and (not _is_whole(manifest.top_m) or manifest.layout.residuals != "top-m"):
+        raise ValueError("top_m does not fit the layout")
+    names = manifest.class_names
+    if names is not None and (len(names) != manifest.layout.n_outputs or not all(isinstance(n, str) for n in names)):
+        raise ValueError("class_names do not fit the layout")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 1 << 63
 
 
 def _segment_of(entry: dict[str, Any]) -> Segment:
     record = FileRecord(**{**entry["file"], "crc32": tuple(entry["file"]["crc32"])})
-    plain = record.name.replace("-", "").replace(".", "").isalnum() and not record.name.startswith(".")
-    if not plain or "/" in record.name or ".." in record.name:
+    if not isinstance(record.name, str) or not re.fullmatch(SEGMENT_NAME, record.name):
         raise ValueError(f"{record.name!r} is not the name of a segment")
     n_rows = entry["n_rows"]
-    if not all(isinstance(n, int) and n >= 0 for n in (n_rows, record.length, record.chunk, *record.crc32)):
+    if not all(_is_whole(n) for n in (n_rows, record.length, record.chunk, *record.crc32)):
         raise ValueError(f"{record.name} has a length or count that is not a whole number")
     if record.chunk == 0 or -(-record.length // record.chunk) != len(record.crc32):
         raise ValueError(f"{record.name} has {len(record.crc32)} checksums for {record.length} bytes")
@@ -227,12 +280,22 @@ def segment_length_and_pieces(columns: Mapping[str, ndarray]) -> tuple[int, Iter
     return 8 + len(text) + offset, pieces()
 
 
-def open_segment(directory: Directory, segment: Segment) -> dict[str, ndarray]:
+def segment_columns(manifest: Manifest) -> Columns:
+    """The columns that a segment of rows must have: type and trailing shape, −1 where a width is free."""
+    kinds: Columns = {"integer": (np.dtype(np.int64), ()), "string": (np.dtype(np.uint8), (-1,))}
+    columns = manifest.layout.columns(manifest.top_m)
+    columns["ids"] = kinds[manifest.id_kind or "integer"]
+    if manifest.group_kind is not None:
+        columns["groups"] = kinds[manifest.group_kind]
+    return columns
+
+
+def open_segment(directory: Directory, segment: Segment, expected: Columns) -> dict[str, ndarray]:
     """The columns of a segment, memory-mapped, after checking that its header can be trusted.
 
     Raises
     ------
-    CorruptFile : if the file is missing, cut, or its header does not describe exactly what is there.
+    CorruptFile : if the file is missing, cut, or its header does not describe exactly what is there and expected.
     """
     name, where = segment.file.name, directory.path / segment.file.name
     length = directory.length(name)
@@ -240,36 +303,65 @@ def open_segment(directory: Directory, segment: Segment) -> dict[str, ndarray]:
         found = "is missing" if length is None else f"has {length:,} bytes"
         raise CorruptFile(f"{where} {found}, expected {segment.file.length:,} bytes")
     header, start = _read_header(directory, segment.file)
-    columns, covered = {}, []
-    for column, entry in header.items():
-        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        size = dtype.itemsize
-        for axis in shape:
-            size *= axis
-        if not shape or shape[0] != segment.n_rows or min(shape) < 0 or last - first != size:
-            raise CorruptFile(f"{where}: column {column!r} of shape {shape} does not fit its {last - first} bytes")
-        covered.append((first, last))
-        columns[column] = directory.map(name, dtype, shape, start + first)
-    ends = [0, *(last for _, last in sorted(covered))]
-    if [first for first, _ in sorted(covered)] != ends[:-1] or start + ends[-1] != length:
+    if set(header) != set(expected):
+        raise CorruptFile(f"{where} has the columns {sorted(header)}, expected {sorted(expected)}")
+    places = sorted((entry.first, entry.last) for entry in header.values())
+    ends = [0, *(last for _, last in places)]
+    if [first for first, _ in places] != ends[:-1] or start + ends[-1] != length:
         raise CorruptFile(f"{where}: its columns overlap or leave holes")
-    return columns
+    for column, entry in header.items():
+        _check_column(entry, expected[column], segment.n_rows, f"{where}: column {column!r}")
+    return {
+        column: directory.map(name, entry.dtype, entry.shape, start + entry.first) for column, entry in header.items()
+    }
 
 
-def _read_header(directory: Directory, record: FileRecord) -> tuple[dict[str, Any], int]:
+@dataclass(frozen=True)
+class _Entry:
+    """A column in a segment's header."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> "_Entry":
+        first, last = values["data_offsets"]
+        entry = _Entry(_DTYPES[values["dtype"]], tuple(values["shape"]), first, last)
+        if set(values) != {"dtype", "shape", "data_offsets"} or not all(map(_is_whole, (*entry.shape, first, last))):
+            raise ValueError("an entry is not of the expected form")
+        return entry
+
+
+def _check_column(entry: _Entry, expected: Column, n_rows: int, where: str) -> None:
+    dtype, trailing = expected
+    shape = (n_rows, *trailing)
+    fits = len(entry.shape) == len(shape) and all(b in (-1, a) for a, b in zip(entry.shape, shape, strict=True))
+    if entry.dtype != dtype or not fits:
+        raise CorruptFile(f"{where} is {entry.dtype} {entry.shape}, expected {dtype} {shape}")
+    size = dtype.itemsize
+    for axis in entry.shape:
+        size *= axis
+    if entry.last - entry.first != size:
+        raise CorruptFile(f"{where} of shape {entry.shape} does not fit its {entry.last - entry.first} bytes")
+
+
+def _read_header(directory: Directory, record: FileRecord) -> tuple[dict[str, _Entry], int]:
     where = directory.path / record.name
-    with open(where, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > min(MAX_HEADER, record.length):
-            raise CorruptFile(f"{where} announces a header of {length:,} bytes, expected at most {MAX_HEADER:,}")
-        text = file.read(length)
+    start = directory.head(record.name, 8)
+    (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
+    if length > min(MAX_HEADER, record.length):
+        raise CorruptFile(f"{where} announces a header of {length:,} bytes, expected at most {MAX_HEADER:,}")
+    text = directory.head(record.name, 8 + length)[8:]
     try:
-        header = json.loads(text)
-        for entry in header.values():
-            _DTYPES[entry["dtype"]], [int(n) for n in (*entry["shape"], *entry["data_offsets"])]
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last:
-                raise ValueError("an offset is out of order")
+        header = json.loads(text, object_pairs_hook=_without_repeats)
+        return {column: _Entry.of(values) for column, values in header.items()}, 8 + length
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFile(f"{where} has a damaged header: {error!r}") from error
-    return header, 8 + length
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name is given twice")
+    return dict(pairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
@@ -29,21 +29,25 @@ from residual_memory.errors import (
 from residual_memory.memory.format import (
     MANIFEST,
     MAX_MANIFEST,
+    Columns,
     Layout,
     Manifest,
     Segment,
+    check_layout,
     decoded_strings,
     encoded_strings,
     open_segment,
+    segment_columns,
     segment_length_and_pieces,
 )
 from residual_memory.memory.snapshot import Snapshot, Table
-from residual_memory.memory.storage import PART, Directory, FileRecord
+from residual_memory.memory.storage import LOCK, PART, Directory, FileRecord
 from residual_memory.types import Metric, Task, TopM
 from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions
 
 SEGMENT_BYTES = 64 << 20  # compaction and builders write segments of about this size
 MERGE_BYTES = 32 << 20  # small appends are merged up to this size, so that a memory has few files
+GONE_COLUMNS: Columns = {"rows": (np.dtype(np.int64), ())}
 _PREFIXES = ("rows-", "gone-")
 
 
@@ -140,7 +144,7 @@ class Memory:
         layout = Layout(
             as_count("dim", dim), as_count("n_outputs", n_outputs), task, metric, residuals, key_dtype, prediction_dtype
         )
-        _check_options(layout)
+        check_layout(layout)
         names = None if class_names is None else tuple(str(name) for name in class_names)
         if names is not None and len(names) != n_outputs:
             raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
@@ -150,15 +154,11 @@ class Memory:
         if path is None:
             return Memory(None, snapshot, writable=True)
         directory = Directory(path)
-        if directory.path.exists() and (
-            not directory.path.is_dir() or set(directory.names()) - {"lock", MANIFEST + PART}
-        ):
-            raise InvalidInput(
-                f"{path} already exists and is not empty; open it with Memory.open, or name another path"
-            )
+        _require_empty(directory)
         directory.make()
         directory.lock()
         try:
+            _require_empty(directory)
             directory.replace(MANIFEST, manifest.to_bytes())
         except BaseException:
             directory.unlock()
@@ -306,13 +306,13 @@ class Memory:
             group_kind = self._check_groups(groups, n)
             if n == 0:
                 return new_ids
-            table["ids"] = new_ids
+            table["ids"] = new_ids.copy()
             if groups is not None:
-                table["groups"] = as_ids(groups, n, name="groups")
+                table["groups"] = as_ids(groups, n, name="groups").copy()
             next_id = max(manifest.next_id, int(new_ids.max()) + 1) if id_kind == "integer" else manifest.next_id
             kept, merged = self._merge_small(table)
             self._commit_rows(kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m)
-            return new_ids.copy()
+            return new_ids
 
     def forget(self, ids: ArrayLike) -> None:
         """Mask rows at once, durably; `compact` then erases them from disk.
@@ -416,6 +416,8 @@ class Memory:
         if ids is None:
             if manifest.id_kind == "string":
                 raise InvalidInput("the memory's ids are strings, so it cannot give ids by itself; pass ids=")
+            if manifest.next_id + n > np.iinfo(np.int64).max:
+                raise InvalidInput("the largest ids are taken, so the memory cannot give ids by itself; pass ids=")
             return np.arange(manifest.next_id, manifest.next_id + n)
         new = as_ids(ids, n)
         if manifest.id_kind not in (None, _kind(new)) and n:
@@ -494,31 +496,34 @@ class Memory:
         length, pieces = segment_length_and_pieces(coded)
         written.append(name)
         segment = Segment(self._directory.write(name, pieces, length), n_rows)
-        return segment, _readable(self._directory, segment)
+        expected = {key: (value.dtype, value.shape[1:]) for key, value in coded.items()}
+        return segment, _readable(self._directory, segment, expected)
 
     def _commit(self, manifest: Manifest, tables: Sequence[Table], forgotten: ndarray) -> None:
         """Make a manifest the truth; only then is the change seen."""
         snapshot = Snapshot(manifest, tables, forgotten)
-        if self._directory is not None:
-            self._directory.replace(MANIFEST, manifest.to_bytes())
-            stale = {record.name for record in self._snapshot.manifest.files()}
-            for name in stale - {record.name for record in manifest.files()}:
-                self._directory.remove(name)
-        self._snapshot = snapshot
-
-    def _discard(self, written: Sequence[str]) -> None:
-        """After a failed change: remove what it wrote, unless the manifest on disk came to name it after all."""
-        if self._directory is None or not written:
-            return
-        try:
-            snapshot = _read_snapshot(self._directory, self._snapshot)
-        except (ResidualMemoryError, OSError):
-            return
-        named = {record.name for record in snapshot.manifest.files()}
-        if named & set(written):
+        if self._directory is None:
             self._snapshot = snapshot
-        for name in set(written) - named:
-            self._directory.remove(name)
+            return
+        content = manifest.to_bytes()
+        try:
+            self._directory.replace(MANIFEST, content)
+        except BaseException:
+            if self._directory.holds(MANIFEST, content):  # refused after the rename: the change is made, not yet safe
+                self._adopt(snapshot)
+            raise
+        self._adopt(snapshot)
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        """See a committed snapshot, and remove the files that only the one before it needed."""
+        before, self._snapshot = self._snapshot, snapshot
+        self._discard([record.name for record in before.manifest.files()])
+
+    def _discard(self, names: Sequence[str]) -> None:
+        """Remove those of the files that the memory does not name."""
+        if self._directory is not None:
+            for name in set(names) - {record.name for record in self._snapshot.manifest.files()}:
+                self._directory.remove(name)
 
 
 def verify(path: str | os.PathLike[str]) -> VerifyReport:
@@ -541,6 +546,12 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     return VerifyReport(tuple(_damage(directory, manifest)), 1 + len(records), n_bytes)
 
 
+def _require_empty(directory: Directory) -> None:
+    path = directory.path
+    if path.exists() and (not path.is_dir() or set(directory.names()) - {LOCK, MANIFEST + PART}):
+        raise InvalidInput(f"{path} already exists and is not empty; open it with Memory.open, or name another path")
+
+
 def _damage(directory: Directory, manifest: Manifest) -> list[Problem]:
     checked = ((record.name, directory.check(record)) for record in manifest.files())
     return [Problem(name, what) for name, what in checked if what is not None]
@@ -553,23 +564,40 @@ def _read_snapshot(directory: Directory, known: Snapshot | None, attempts: int =
         content = directory.read(MANIFEST, MAX_MANIFEST)
         manifest = Manifest.from_bytes(content, str(directory.path / MANIFEST))
         try:
-            opened = [tables.get(s.file) or _readable(directory, s) for s in manifest.segments]
-            gone = _readable(directory, manifest.forgotten)["rows"] if manifest.forgotten else np.zeros(0, np.int64)
+            expected = segment_columns(manifest)
+            opened = [tables.get(s.file) or _readable(directory, s, expected) for s in manifest.segments]
+            return Snapshot(manifest, opened, _forgotten(directory, manifest))
         except (CorruptFile, StorageFailure):
             # A compaction between the two reads removes files that the newer manifest no longer names.
             if attempt + 1 < attempts and directory.read(MANIFEST, MAX_MANIFEST) != content:
                 continue
             raise
-        return Snapshot(manifest, opened, np.array(gone, np.int64))
     raise CorruptFile(f"{directory.path} changes faster than it can be read")
 
 
-def _readable(directory: Directory, segment: Segment) -> Table:
-    columns = open_segment(directory, segment)
+def _forgotten(directory: Directory, manifest: Manifest) -> Int64[ndarray, " g"]:
+    if manifest.forgotten is None:
+        return np.zeros(0, np.int64)
+    gone = np.array(_readable(directory, manifest.forgotten, GONE_COLUMNS)["rows"])
+    n_rows = sum(segment.n_rows for segment in manifest.segments)
+    if len(gone) and (gone[0] < 0 or gone[-1] >= n_rows or (gone[1:] <= gone[:-1]).any()):
+        raise CorruptFile(f"{directory.path / manifest.forgotten.file.name} names rows that the memory does not have")
+    return gone
+
+
+def _readable(directory: Directory, segment: Segment, expected: Columns) -> Table:
+    columns = open_segment(directory, segment, expected)
     for name in ("ids", "groups"):
         if name in columns and columns[name].dtype == np.uint8:
-            columns[name] = decoded_strings(columns[name])
+            columns[name] = _decoded(columns[name], directory.path / segment.file.name)
     return columns
+
+
+def _decoded(encoded: ndarray, where: Path) -> ndarray:
+    try:
+        return decoded_strings(encoded)
+    except UnicodeDecodeError as error:
+        raise CorruptFile(f"{where} holds ids or groups that are no text: {error}") from error
 
 
 def _sweep(directory: Directory, manifest: Manifest) -> None:
@@ -616,18 +644,3 @@ def _stored(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:
 
 def _kind(ids: ndarray) -> str:
     return "string" if ids.dtype.kind == "U" else "integer"
-
-
-def _check_options(layout: Layout) -> None:
-    choices = {
-        "task": ("classification", "regression"),
-        "metric": ("euclidean", "cosine"),
-        "residuals": ("dense", "top-m"),
-        "key_dtype": ("float16", "float32", "float64"),
-        "prediction_dtype": ("float16", "float32", "float64"),
-    }
-    for name, allowed in choices.items():
-        if (found := getattr(layout, name)) not in allowed:
-            raise InvalidInput(f"{name} is {found!r}, expected one of {', '.join(map(repr, allowed))}")
-    if layout.task == "regression" and layout.residuals == "top-m":
-        raise InvalidInput("residuals='top-m' is for classification; regression keeps 'dense' values")

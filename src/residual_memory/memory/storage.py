@@ -54,10 +54,12 @@ class Directory:
         return self.path.is_dir()
 
     def make(self) -> None:
-        """Create the directory, durably."""
+        """Create the directory and those above it, durably."""
         with _refusals(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            _fsync_directory(self.path.parent)
+            above = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            for folder in reversed(above):
+                folder.mkdir(exist_ok=True)
+                _fsync_directory(folder.parent)
 
     def names(self) -> list[str]:
         with _refusals(self.path):
@@ -113,14 +115,27 @@ class Directory:
         CorruptFile : if it is missing or longer than `limit` bytes.
         """
         target = self.path / name
-        try:
-            with open(target, "rb") as file:
-                content = file.read(limit + 1)
-        except FileNotFoundError:
-            raise CorruptFile(f"{target} is missing") from None
+        with _refusals(target):
+            try:
+                with open(target, "rb") as file:
+                    content = file.read(limit + 1)
+            except FileNotFoundError:
+                raise CorruptFile(f"{target} is missing") from None
         if len(content) > limit:
             raise CorruptFile(f"{target} has more than {limit:,} bytes, which no such file needs")
         return content
+
+    def holds(self, name: str, content: bytes) -> bool:
+        """Whether the file holds just this; False too where it cannot be read."""
+        try:
+            return (self.path / name).read_bytes() == content
+        except OSError:
+            return False
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first bytes of a file."""
+        with _refusals(self.path / name), open(self.path / name, "rb") as file:
+            return file.read(size)
 
     def length(self, name: str) -> int | None:
         """Bytes of the file; None where there is no plain file of that name."""
@@ -166,19 +181,13 @@ class Directory:
         """
         with _refusals(self.path / LOCK):
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StorageFailure(error.errno, f"{self.path} cannot be locked: {error.strerror}") from error
-            raise MemoryLocked(
-                f"{self.path} is being written to by process {holder}; "
-                "close that writer, or open this one read-only (writable=False)"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+            try:
+                _lock_file(descriptor, self.path)
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+            except BaseException:
+                os.close(descriptor)
+                raise
         self._lock = descriptor
 
     def unlock(self) -> None:
@@ -213,6 +222,17 @@ class _Checksums:
 
     def all(self) -> tuple[int, ...]:
         return (*self._done, self._current) if self._filled else tuple(self._done)
+
+
+def _lock_file(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+        raise MemoryLocked(
+            f"{path} is being written to by process {holder}; "
+            "close that writer, or open this one read-only (writable=False)"
+        ) from None
 
 
 def _write_all(file: Any, piece: bytes | memoryview) -> None:

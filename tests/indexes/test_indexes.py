@@ -1,0 +1,246 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from residual_memory.errors import InvalidInput, MissingExtra
+from residual_memory.indexes import registry
+from residual_memory.indexes.base import Index, nearest, pair_distances, squared_error
+from residual_memory.indexes.exact import ExactNumpy
+from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.memory import Column
+from tests import reference
+from tests.contracts.index_contract import IndexContract, clustered, column
+from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of
+
+
+class TestExactFaiss(IndexContract):
+    spec = "exact:faiss"
+
+
+class TestExactTorch(IndexContract):
+    spec = "exact:torch"
+
+
+class TestExactNumpy(IndexContract):
+    spec = "exact:numpy"
+
+
+class TestInvertedFiles(IndexContract):
+    spec = "faiss:IVF16,Flat?nprobe=16"
+    exact = False
+    least_recall = 1.0
+
+
+class TestProductQuantisation(IndexContract):
+    spec = "faiss:IVF16,PQ8x4fs?nprobe=16"
+    exact = False
+    least_recall = 0.97
+
+
+def test_a_trailing_rflat_is_dropped_since_every_shortlist_is_rescored() -> None:
+    keys = column(clustered().keys)
+    built = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs,RFlat?nprobe=16"), keys, 0, 800)
+    plain = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs?nprobe=16"), keys, 0, 800)
+    queries = clustered().queries
+    np.testing.assert_array_equal(
+        nearest([built], keys, queries, 10).rows, nearest([plain], keys, queries, 10).rows
+    )
+
+
+def test_a_longer_shortlist_recalls_more() -> None:
+    problem = classification(n=2000, q=100, d=16)
+    keys = column(problem.keys)
+    true, _ = reference.neighbors(problem.keys, problem.queries, 10)
+
+    def recalled(k_factor: int) -> float:
+        spec = IndexSpec.parse(f"faiss:IVF16,PQ4x4fs?nprobe=16&k_factor={k_factor}")
+        found = nearest([build_index(spec, keys, 0, 2000)], keys, problem.queries, 10)
+        return float((found.distances <= true[:, -1:] + 1e-9).mean())
+
+    assert recalled(1) < recalled(4) < recalled(20)
+    assert recalled(20) > 0.9
+
+
+def test_probing_more_cells_recalls_more() -> None:
+    problem = classification(n=2000, q=100, d=16)
+    keys = column(problem.keys)
+    true, _ = reference.neighbors(problem.keys, problem.queries, 10)
+
+    def recalled(nprobe: int) -> float:
+        spec = IndexSpec.parse(f"faiss:IVF16,Flat?nprobe={nprobe}")
+        found = nearest([build_index(spec, keys, 0, 2000)], keys, problem.queries, 10)
+        return float((found.distances <= true[:, -1:] + 1e-9).mean())
+
+    assert recalled(1) < recalled(4) < recalled(16) == 1
+
+
+def test_too_few_rows_to_train_are_searched_exactly() -> None:
+    problem = classification(n=100)
+    keys = column(problem.keys)
+    part = build_index(IndexSpec.parse("faiss:IVF16,Flat?nprobe=1"), keys, 0, 100)
+    assert part.description.startswith("exact")
+    _, rows = reference.neighbors(problem.keys, problem.queries, 7)
+    np.testing.assert_array_equal(nearest([part], keys, problem.queries, 7).rows, rows)
+
+
+def test_auto_is_exact_up_to_a_million_rows_and_quantised_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = column(classification(n=200).keys)
+    assert build_index(IndexSpec.parse("auto"), keys, 0, 200).description.startswith("exact")
+    built: list[IndexSpec] = []
+
+    def remember(spec: IndexSpec, keys: Column, first: int, n_rows: int) -> Index:
+        built.append(spec)
+        return ExactNumpy(keys, first, len(keys))
+
+    monkeypatch.setattr(registry, "_faiss", remember)
+    wide = column(np.zeros((2, 512), np.float32))
+    build_index(IndexSpec.parse("auto?nprobe=3"), wide, 0, 1_000_001)
+    assert built == [IndexSpec("faiss", "IVF2048,PQ256x4fs", {"nprobe": "3"})]
+
+
+def test_a_spec_is_an_engine_a_build_and_options() -> None:
+    assert IndexSpec.parse("faiss:IVF16,Flat?nprobe=4&k_factor=2") == IndexSpec(
+        "faiss", "IVF16,Flat", {"nprobe": "4", "k_factor": "2"}
+    )
+    assert IndexSpec.parse("exact") == IndexSpec("exact")
+
+
+def test_an_unknown_engine_is_refused_with_the_close_match() -> None:
+    with pytest.raises(InvalidInput, match=r"'exakt'.*did you mean 'exact'"):
+        IndexSpec.parse("exakt")
+
+
+BAD_SPECS = [
+    "",
+    "hnsw",
+    "exact:jax",
+    "exact?nprobe=3",
+    "exact:numpy?device=cpu",
+    "exact:torch?device=nonsense",
+    "exact:torch?device=cuda:99",
+    "faiss",
+    "faiss:",
+    "faiss:nonsense",
+    "faiss:IVF16,PQ7",
+    "faiss:IVF16,Flat?nprobe",
+    "faiss:IVF16,Flat?=3",
+    "faiss:IVF16,Flat?nprobe=many",
+    "faiss:IVF16,Flat?nprobes=3",
+    "faiss:IVF16,Flat?k_factor=0.5",
+    "faiss:IVF16,Flat?k_factor=nan",
+    "faiss:IVF16,Flat?k_factor=inf",
+    "faiss:IVF16,Flat?nprobe=0",
+    "faiss:IVF16,Flat?nprobe=-1",
+]
+
+
+@pytest.mark.parametrize("spec", BAD_SPECS)
+@pytest.mark.parametrize("n", [10, 800])
+def test_a_spec_that_cannot_be_built_is_refused_however_many_rows_there_are(spec: str, n: int) -> None:
+    keys = column(classification(n=n, d=8).keys)
+    with pytest.raises(InvalidInput):
+        build_index(IndexSpec.parse(spec), keys, 0, n)
+
+
+@pytest.mark.parametrize(("spec", "module"), [("exact:faiss", "faiss"), ("exact:torch", "torch"), ("faiss:Flat", "faiss")])
+def test_an_engine_that_is_not_installed_says_how_to_install_it(
+    spec: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_installed", lambda name: name != module)
+    with pytest.raises(MissingExtra, match=rf"pip install 'residual-memory\[{module}\]'"):
+        build_index(IndexSpec.parse(spec), column(classification().keys), 0, 60)
+
+
+@pytest.mark.parametrize(
+    ("missing", "chosen"), [(set(), "faiss"), ({"faiss"}, "torch"), ({"faiss", "torch"}, "numpy")]
+)
+def test_exact_search_takes_the_best_that_is_installed(
+    missing: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_installed", lambda name: name not in missing)
+    part = build_index(IndexSpec.parse("exact"), column(classification().keys), 0, 60)
+    assert chosen in part.description
+
+
+PLAIN_SEARCH = """
+import sys
+import numpy as np
+sys.modules["faiss"] = sys.modules["torch"] = None
+from residual_memory.correction import ResidualKNN
+from residual_memory.indexes import registry
+registry._installed = lambda name: False
+from residual_memory.memory import Memory
+memory = Memory.create(dim=1, n_outputs=2)
+memory.append([[0.0], [1.0]], [0, 1], [[0.5, 0.5]] * 2)
+print(ResidualKNN(memory, n_neighbors=1, bandwidth=1.0)([[0.9]]).tolist())
+"""
+
+
+def test_numpy_alone_is_enough() -> None:
+    assert in_plain_python(PLAIN_SEARCH) == "[[-0.5, 0.5]]\n"
+
+
+def test_pair_distances_of_missing_rows_are_infinite() -> None:
+    problem = classification()
+    rows = np.array([[0, -1, 5]] * 12)
+    found = pair_distances(column(problem.keys), problem.queries, rows)
+    assert np.isinf(found[:, 1]).all()
+    differences = problem.queries[:, None, :] - problem.keys[[0, 5]]
+    np.testing.assert_allclose(found[:, [0, 2]], np.sqrt((differences**2).sum(axis=2)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("d", [2, 64, 1000])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+def test_the_bound_on_rounding_covers_what_float32_loses(d: int, spread: float) -> None:
+    random = np.random.default_rng(0)
+    keys = (spread * random.normal(size=(400, d))).astype(np.float32)
+    queries = (spread * random.normal(size=(50, d))).astype(np.float32)
+    norms = (keys * keys).sum(axis=1)
+    rough = (queries * queries).sum(axis=1)[:, None] + norms - 2 * (queries @ keys.T)
+    exact = ((queries[:, None].astype(float) - keys[None].astype(float)) ** 2).sum(axis=2)
+    lengths = np.linalg.norm(queries.astype(float), axis=1)[:, None]
+    slack = squared_error(d, (lengths + np.sqrt(norms.max())) ** 2)
+    assert (np.abs(rough - exact) <= slack).all()
+    assert slack.max() < 0.01 * exact.min() or d == 2
+
+
+def test_the_numpy_engine_reads_a_memory_on_disk_block_by_block(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from residual_memory.indexes import exact
+
+    monkeypatch.setattr(exact, "KEYS_PER_BLOCK", 7)
+    monkeypatch.setattr(exact, "QUERIES_PER_BLOCK", 5)
+    problem = classification()
+    _, rows = reference.neighbors(problem.keys, problem.queries, 9)
+    for index in ("exact:numpy", "exact:torch", "exact:faiss"):
+        _, found = knn_of(memory_of(problem, tmp_path / index[6:]), index=index).search(problem.queries, 9)
+        np.testing.assert_array_equal(found.rows, rows)
+
+
+def test_a_reduced_matmul_precision_of_torch_changes_no_answer() -> None:
+    import torch
+
+    problem = classification(n=500, d=32)
+    _, rows = reference.neighbors(problem.keys, problem.queries, 10)
+    before = torch.get_float32_matmul_precision()
+    for precision in ("high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            _, found = knn_of(memory_of(problem), index="exact:torch").search(problem.queries, 10)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        np.testing.assert_array_equal(found.rows, rows)
+
+
+def test_an_index_grows_with_its_memory_in_few_parts() -> None:
+    problem = classification(n=120)
+    memory = empty_memory(problem)
+    knn = knn_of(memory, index="exact:numpy")
+    for row in range(120):
+        part = problem.rows([row])
+        memory.append(part.keys, part.labels, part.predictions)
+        snapshot, found = knn.search(problem.queries, 3)
+    _, rows = reference.neighbors(problem.keys, problem.queries, 3)
+    np.testing.assert_array_equal(found.rows, rows)
+    assert knn._state is not None
+    assert len(knn._state.parts) <= 8

@@ -1,0 +1,113 @@
+"""Small data sets and the memories made of them."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from residual_memory.correction import ResidualKNN
+from residual_memory.memory import Memory
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows to remember, and queries with what the base says of them."""
+
+    keys: ndarray
+    labels: ndarray
+    predictions: ndarray
+    queries: ndarray
+    said: ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def task(self) -> str:
+        return "regression" if self.labels.dtype.kind == "f" else "classification"
+
+    def rows(self, chosen: Any) -> "Problem":
+        """The same queries against some of the rows."""
+        return replace(
+            self, keys=self.keys[chosen], labels=self.labels[chosen], predictions=self.predictions[chosen]
+        )
+
+
+def softmax(logits: ndarray) -> ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def classification(n: int = 60, q: int = 12, d: int = 5, c: int = 4, seed: int = 0) -> Problem:
+    random = np.random.default_rng(seed)
+    return Problem(
+        random.normal(size=(n, d)),
+        random.integers(0, c, n),
+        softmax(2 * random.normal(size=(n, c))),
+        random.normal(size=(q, d)),
+        softmax(2 * random.normal(size=(q, c))),
+    )
+
+
+def regression(n: int = 60, q: int = 12, d: int = 5, c: int = 2, seed: int = 0) -> Problem:
+    random = np.random.default_rng(seed)
+    return Problem(
+        random.normal(size=(n, d)),
+        random.normal(size=(n, c)),
+        random.normal(size=(n, c)),
+        random.normal(size=(q, d)),
+        random.normal(size=(q, c)),
+    )
+
+
+def on_grid(problem: Problem, levels: int = 2) -> Problem:
+    """Keys and queries on a coarse integer grid: full of duplicates and of equal distances."""
+    random = np.random.default_rng(len(problem))
+    return replace(
+        problem,
+        keys=random.integers(0, levels, problem.keys.shape).astype(float),
+        queries=random.integers(0, levels, problem.queries.shape).astype(float),
+    )
+
+
+def empty_memory(problem: Problem, path: Path | None = None, **options: Any) -> Memory:
+    """A memory for the problem's rows, in double precision unless told otherwise."""
+    settings: Mapping[str, Any] = {
+        "dim": problem.keys.shape[1],
+        "n_outputs": problem.predictions.shape[1],
+        "task": problem.task,
+        "key_dtype": "float64",
+        "prediction_dtype": "float64",
+        **options,
+    }
+    return Memory.create(path, **settings)
+
+
+def memory_of(problem: Problem, path: Path | None = None, *, ids: Any = None, groups: Any = None, **options: Any) -> Memory:
+    """A memory that holds the problem's rows."""
+    memory = empty_memory(problem, path, **options)
+    memory.append(problem.keys, problem.labels, problem.predictions, ids, groups)
+    return memory
+
+
+def knn_of(memory: Memory, **options: Any) -> ResidualKNN:
+    """A regressor of few neighbours and a plain bandwidth unless told otherwise."""
+    return ResidualKNN(memory, **{"n_neighbors": 7, "bandwidth": 0.5, **options})
+
+
+def same_bits(first: ndarray, second: ndarray) -> bool:
+    """Whether two arrays are the same to the last bit, the sign of zero included."""
+    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+def in_plain_python(script: str, *arguments: str) -> str:
+    """What a script prints in a process of its own, where no types are checked: as for a user."""
+    command = [sys.executable, "-W", "error", "-c", script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -1,0 +1,45 @@
+"""The method in plain numpy, one line a step: what everything is compared with."""
+
+import numpy as np
+from numpy import ndarray
+
+KERNELS = {
+    "exponential": lambda d, s: np.exp(-d / s),
+    "gaussian": lambda d, s: np.exp(-(d**2) / (2 * s**2)),
+    "inverse": lambda d, s: 1 / np.maximum(d, s),
+    "uniform": lambda d, s: np.ones_like(d),
+}
+
+
+def neighbors(keys: ndarray, queries: ndarray, k: int, ids: ndarray | None = None) -> tuple[ndarray, ndarray]:
+    """Distances and rows [q k] of the nearest keys, ties by id."""
+    ids = np.arange(len(keys)) if ids is None else ids
+    differences = queries[:, None, :].astype(np.float64) - keys[None, :, :].astype(np.float64)
+    distances = np.sqrt((differences**2).sum(axis=2))
+    rows = np.array([np.lexsort((ids, line))[:k] for line in distances], np.int64).reshape(len(queries), -1)
+    return np.take_along_axis(distances, rows, axis=1), rows
+
+
+def weights(distances: ndarray, bandwidth: float, kernel: str = "exponential") -> ndarray:
+    """Kernel weights [q k] that sum to 1."""
+    raw = KERNELS[kernel](distances.astype(np.float64), bandwidth)
+    return raw / raw.sum(axis=1, keepdims=True)
+
+
+def tempered(predictions: ndarray, temperature: float) -> ndarray:
+    """softmax(logits / T), from probabilities that may hold zeros."""
+    powers = predictions.astype(np.float64) ** (1 / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def residuals(labels: ndarray, predictions: ndarray, temperature: float = 1.0) -> ndarray:
+    """onehot(y) − softmax(logits / T) [n c] for class indices, y − f(x) for values."""
+    if labels.dtype.kind == "f":
+        return labels - predictions
+    return np.eye(predictions.shape[1])[labels] - tempered(predictions, temperature)
+
+
+def correction(keys: ndarray, rest: ndarray, queries: ndarray, k: int, bandwidth: float, kernel: str) -> ndarray:
+    """Σ w r [q c] over the k nearest keys, whose residuals are `rest` [n c]."""
+    distances, rows = neighbors(keys, queries, k)
+    return np.einsum("qk,qkc->qc", weights(distances, bandwidth, kernel), rest[rows])
