@@ -33,9 +33,7 @@ class Problem:
 
     def rows(self, chosen: Any) -> "Problem":
         """The same queries against some of the rows."""
-        return replace(
-            self, keys=self.keys[chosen], labels=self.labels[chosen], predictions=self.predictions[chosen]
-        )
+        return replace(self, keys=self.keys[chosen], labels=self.labels[chosen], predictions=self.predictions[chosen])
 
 
 def softmax(logits: ndarray) -> ndarray:
@@ -88,7 +86,9 @@ def empty_memory(problem: Problem, path: Path | None = None, **options: Any) -> 
     return Memory.create(path, **settings)
 
 
-def memory_of(problem: Problem, path: Path | None = None, *, ids: Any = None, groups: Any = None, **options: Any) -> Memory:
+def memory_of(
+    problem: Problem, path: Path | None = None, *, ids: Any = None, groups: Any = None, **options: Any
+) -> Memory:
     """A memory that holds the problem's rows."""
     memory = empty_memory(problem, path, **options)
     memory.append(problem.keys, problem.labels, problem.predictions, ids, groups)

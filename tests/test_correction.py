@@ -12,12 +12,15 @@ from residual_memory import correction
 from residual_memory.correction import ResidualKNN, correct, to_probabilities
 from residual_memory.errors import DimensionMismatch, FewerNeighbors, InvalidInput
 from residual_memory.kernels import KERNELS
+from residual_memory.memory import Memory
 from residual_memory.residuals import temper, top_m
 from tests import reference
 from tests.problems import Problem, classification, empty_memory, knn_of, memory_of, regression, same_bits, softmax
 
 
-def expected(problem: Problem, k: int = 7, bandwidth: float = 0.5, kernel: str = "exponential", temperature: float = 1.0) -> ndarray:
+def expected(
+    problem: Problem, k: int = 7, bandwidth: float = 0.5, kernel: str = "exponential", temperature: float = 1.0
+) -> ndarray:
     rest = reference.residuals(problem.labels, problem.predictions, temperature)
     return reference.correction(problem.keys, rest, problem.queries, k, bandwidth, kernel)
 
@@ -173,6 +176,21 @@ def test_it_follows_its_memory_through_every_change(problem: Problem, index: str
     np.testing.assert_allclose(knn(problem.queries), expected(left), atol=1e-13)
     memory.append(problem.keys[5:35], problem.labels[5:35], problem.predictions[5:35])
     np.testing.assert_allclose(knn(problem.queries), expected(problem), atol=1e-13)
+
+
+def test_a_thread_that_read_an_older_version_gets_rows_of_that_or_of_a_newer_one(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = memory_of(problem.rows(slice(0, 30)))
+    knn = knn_of(memory)
+    older = memory.snapshot
+    memory.append(problem.keys[30:], problem.labels[30:], problem.predictions[30:])
+    newer = memory.snapshot
+    knn(problem.queries)
+    seen = iter([older])
+    monkeypatch.setattr(Memory, "snapshot", property(lambda _: next(seen, newer)))
+    snapshot, found = knn.search(problem.queries, 60)
+    assert ((found.rows >= 0).sum(axis=1) == len(snapshot)).all()
 
 
 def test_max_weight_cuts_a_weight_and_gives_it_to_nobody(problem: Problem) -> None:
@@ -339,7 +357,7 @@ def test_scores_that_are_a_distribution_already_stay_as_they_are(problem: Proble
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_class_that_base_and_scores_give_nothing_still_gets_a_positive_probability(dtype: type) -> None:
-    scores = np.array([[1.0, 0.0, 0.0]], dtype)
+    scores: ndarray = np.array([[1.0, 0.0, 0.0]], dtype)
     probabilities = to_probabilities(scores, scores)
     assert probabilities.min() > 0
     assert np.isfinite(np.log(probabilities)).all()

@@ -18,9 +18,7 @@ def test_contributions_sum_to_the_correction(task: Any, shrinkage: float) -> Non
     knn = knn_of(memory_of(problem))
     report = explain(knn, problem.queries, problem.said, shrinkage=shrinkage)
     np.testing.assert_allclose(report.contributions.sum(axis=1), shrinkage * knn(problem.queries), atol=1e-14)
-    np.testing.assert_allclose(
-        report.corrected, correct(problem.said, knn(problem.queries), shrinkage), atol=1e-14
-    )
+    np.testing.assert_allclose(report.corrected, correct(problem.said, knn(problem.queries), shrinkage), atol=1e-14)
 
 
 @every_task

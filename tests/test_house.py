@@ -135,7 +135,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_every_error_has_the_root_and_can_be_told_from_others() -> None:
     errors = residual_memory.errors
-    classes = [value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__]
+    classes = [
+        value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__
+    ]
     assert len(classes) >= 14
     for error in classes:
         assert issubclass(error, errors.ResidualMemoryError | errors.ResidualMemoryWarning)

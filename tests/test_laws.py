@@ -31,7 +31,7 @@ problems = st.builds(
 
 @given(problem=problems, dtype=dtypes, amount=st.floats(0, 10))
 def test_shrinkage_zero_is_the_base_bit_for_bit(problem: Problem, dtype: type, amount: float) -> None:
-    base = problem.said.astype(dtype)
+    base: ndarray = problem.said.astype(dtype)
     residual = amount * knn_of(memory_of(problem))(problem.queries)
     assert same_bits(correct(base, residual, 0.0), base)
 
@@ -141,15 +141,11 @@ def test_leaving_a_row_out_equals_a_memory_without_it(problem: Problem, row: int
     knn = knn_of(memory_of(problem), kernel=kernel)
     excluded = np.full(len(problem.queries), row)
     np.testing.assert_allclose(knn(problem.queries, excluded), without(problem.queries), atol=1e-14)
-    np.testing.assert_array_equal(
-        knn.neighbors(problem.queries, excluded).ids, without.neighbors(problem.queries).ids
-    )
+    np.testing.assert_array_equal(knn.neighbors(problem.queries, excluded).ids, without.neighbors(problem.queries).ids)
 
 
 @given(problem=problems, chosen=st.sets(st.integers(0, 39), min_size=1, max_size=39), compacted=st.booleans())
-def test_forgotten_rows_leave_a_memory_that_never_had_them(
-    problem: Problem, chosen: set[int], compacted: bool
-) -> None:
+def test_forgotten_rows_leave_a_memory_that_never_had_them(problem: Problem, chosen: set[int], compacted: bool) -> None:
     forgotten = np.array(sorted(chosen))
     others = np.setdiff1d(np.arange(40), forgotten)
     memory = memory_of(problem)
@@ -209,7 +205,9 @@ def test_moving_all_keys_together_moves_no_answer(problem: Problem, shift: float
 @given(problem=problems)
 def test_the_residual_is_linear_in_what_was_stored(problem: Problem) -> None:
     """Where every stored residual is the same, that residual is the answer, whatever the weights."""
-    same = replace(problem, labels=np.repeat(problem.labels[:1], 40, 0), predictions=np.repeat(problem.predictions[:1], 40, 0))
+    same = replace(
+        problem, labels=np.repeat(problem.labels[:1], 40, 0), predictions=np.repeat(problem.predictions[:1], 40, 0)
+    )
     knn = knn_of(memory_of(same))
     one = knn_of(memory_of(same), n_neighbors=1)(problem.queries[:1])
     np.testing.assert_allclose(knn(problem.queries), np.repeat(one, len(problem.queries), 0), atol=1e-13)

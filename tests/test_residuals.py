@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
 from residual_memory.residuals import classification_residuals, dense, regression_residuals, temper, top_m
@@ -18,14 +19,14 @@ def test_temper_is_the_softmax_of_the_logits_over_the_temperature(seed: int, tem
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_temperature_one_gives_the_predictions_back_bit_for_bit(dtype: type) -> None:
-    predictions = classification().predictions.astype(dtype)
+    predictions: ndarray = classification().predictions.astype(dtype)
     assert same_bits(temper(predictions, 1.0), predictions)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("temperature", [0.001, 0.5, 3.0, 1e4])
 def test_tempered_rows_stay_distributions_with_their_zeros(dtype: type, temperature: float) -> None:
-    predictions = np.array([[0.7, 0.3, 0.0], [1.0, 0.0, 0.0], [1e-30, 1.0, 0.0]], dtype)
+    predictions: ndarray = np.array([[0.7, 0.3, 0.0], [1.0, 0.0, 0.0], [1e-30, 1.0, 0.0]], dtype)
     tempered = temper(predictions, temperature)
     np.testing.assert_allclose(tempered.sum(axis=1), 1, rtol=1e-6)
     assert not tempered[predictions == 0].any()
@@ -46,9 +47,7 @@ def test_a_temperature_that_is_no_positive_number_is_refused(temperature: float)
 def test_the_residual_is_the_onehot_label_less_the_tempered_prediction(temperature: float) -> None:
     problem = classification()
     found = classification_residuals(problem.labels, problem.predictions, temperature)
-    np.testing.assert_allclose(
-        found, reference.residuals(problem.labels, problem.predictions, temperature), atol=1e-14
-    )
+    np.testing.assert_allclose(found, reference.residuals(problem.labels, problem.predictions, temperature), atol=1e-14)
 
 
 @given(seed=st.integers(0, 10**6), temperature=st.floats(0.1, 10))
@@ -76,7 +75,7 @@ def test_a_regression_residual_is_the_target_less_the_prediction() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_top_m_of_all_classes_is_dense_bit_for_bit(dtype: type) -> None:
-    predictions = classification().predictions.astype(dtype)
+    predictions: ndarray = classification().predictions.astype(dtype)
     assert same_bits(dense(top_m(predictions, 4), 4), predictions)
 
 

@@ -57,6 +57,14 @@ def test_missing_neighbors_of_faiss_weigh_nothing_and_are_not_the_last_row() -> 
     np.testing.assert_allclose(knn(problem.queries), wanted, atol=1e-13)
 
 
+def test_what_faiss_misses_in_a_later_part_is_not_the_last_row_of_the_part_before() -> None:
+    problem = islands()
+    part = build_index(IndexSpec.parse("faiss:IVF16,Flat?nprobe=1"), column(problem.keys), 90, 630)
+    listed = part.candidates(problem.queries, 60).rows
+    assert (listed == -1).any()
+    assert listed[listed != -1].min() >= 90
+
+
 def test_no_neighbor_at_all_means_the_base_and_not_the_last_row(problem: Problem) -> None:
     knn = knn_of(memory_of(problem, groups=["all"] * 60), index="exact:faiss")
     residual = knn(problem.queries, exclude=["all"] * 12)
@@ -93,7 +101,9 @@ def test_a_class_index_beyond_sixteen_bits_keeps_its_value(label: int) -> None:
 
 def test_a_top_m_index_beyond_sixteen_bits_keeps_its_value() -> None:
     memory = empty_memory(classification(d=2, c=2), n_outputs=70_001, residuals="top-m")
-    compressed = replace(top_m([[0.25, 0.75]], 2), indices=np.array([[70_000, 40_000]]), probabilities=np.array([[0.25, 0.75]]))
+    compressed = replace(
+        top_m([[0.25, 0.75]], 2), indices=np.array([[70_000, 40_000]]), probabilities=np.array([[0.25, 0.75]])
+    )
     memory.append([[0.0, 0.0]], [1], compressed)
     with pytest.warns(UserWarning, match="1 rows"):
         residual = knn_of(memory)([[0.0, 0.0]])[0]

@@ -69,7 +69,7 @@ def test_the_largest_key_allowed_overflows_no_float32_distance() -> None:
 
 def test_cosine_keys_have_length_one() -> None:
     keys = as_keys([[3.0, 4.0], [-1e-6, 0.0]], metric="cosine")
-    np.testing.assert_allclose(keys, [[0.6, 0.8], [-1, 0]])
+    np.testing.assert_allclose(keys, [[0.6, 0.8], [-1.0, 0.0]])
 
 
 def test_a_zero_vector_has_no_cosine_and_is_named() -> None:

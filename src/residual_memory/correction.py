@@ -197,6 +197,8 @@ class ResidualKNN:
         parts = list(before.parts) if before is not None and same_rows else []
         table = before.table if before is not None and same_rows else None
         covered = sum(part.n_rows for part in parts)
+        if not snapshot.n_rows:
+            build_index(self._spec, snapshot.keys, 0, 0)  # a mistyped spec is refused before there are rows
         if covered < snapshot.n_rows:
             # New rows become a part of their own, joined with the last ones while these are no longer: few parts.
             while parts and parts[-1].n_rows <= snapshot.n_rows - covered:
@@ -215,12 +217,12 @@ class ResidualKNN:
             state.parts, snapshot.keys, snapshot.keys.take(rows), k,
             reject=lambda positions, listed: ~snapshot.alive[listed] | (listed == rows[positions, None]),
         )  # fmt: skip
-        distances = found.distances[:, -1]
-        typical = float(np.median(distances)) or float(distances.mean())
+        present = np.where(np.isfinite(found.distances), found.distances, 0.0).max(axis=1)
+        typical = float(np.median(present)) or float(present.mean())
         return typical if typical > 0 else 1.0
 
 
-def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | float = 1.0) -> Float[ndarray, "q c"]:
+def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | float = 1.0) -> Float[ndarray, "q ..."]:
     """The corrected scores: predictions + shrinkage · residual.
 
     Parameters
@@ -237,6 +239,8 @@ def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | 
     base = as_values(predictions, name="predictions")
     added = as_values(residual, name="residual")
     base = base.astype(np.float32) if base.dtype == np.float16 else base
+    if np.ndim(shrinkage) > 1:
+        raise DimensionMismatch(f"shrinkage has shape {np.shape(shrinkage)}, expected one number, or one a query")
     amount = as_values(np.atleast_1d(np.asarray(shrinkage, float)), name="shrinkage")
     if amount.min(initial=0) < 0:
         raise InvalidInput(f"shrinkage holds {amount.min():g}, expected numbers from 0")
@@ -246,7 +250,7 @@ def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | 
         raise DimensionMismatch(
             f"predictions {base.shape}, residual {added.shape} and shrinkage {np.shape(shrinkage)} do not fit"
         )
-    scores = base + (amount * added).astype(base.dtype)
+    scores = np.where(amount == 0, base, base + (amount * added).astype(base.dtype))
     return scores[:, 0] if np.ndim(predictions) == 1 else scores
 
 

@@ -55,5 +55,9 @@ def explain(
     found, parts = knn.contributions(keys, exclude)
     parts = parts * np.asarray(amount, parts.dtype)
     return Explanation(
-        found.ids, found.distances, found.weights, parts, np.atleast_2d(correct(predictions, parts.sum(axis=1)))
+        found.ids,
+        found.distances,
+        found.weights,
+        parts,
+        correct(predictions, parts.sum(axis=1)).reshape(parts[:, 0].shape),
     )

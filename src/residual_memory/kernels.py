@@ -110,8 +110,9 @@ def _normalized_exponentials(
     nearest = np.min(distances, axis=1, keepdims=True, initial=np.inf)
     nearest = np.where(np.isfinite(nearest), nearest, 0.0)
     beyond = np.where(present, distances - nearest, 0.0)
-    with np.errstate(over="ignore"):
-        return _normalized(np.where(present, np.exp(-exponent(beyond, nearest)), 0.0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        exponents = np.where(beyond > 0, exponent(beyond, nearest), 0.0)
+        return _normalized(np.where(present, np.exp(-exponents), 0.0))
 
 
 def _normalized(weights: Float[ndarray, "q k"]) -> Float[ndarray, "q k"]:

@@ -208,4 +208,6 @@ def _scores_and_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[ndarray, n
         raise DimensionMismatch(f"scores have shape {values.shape} and labels {targets.shape}, expected [q c] and [q]")
     if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0 or targets.max() >= values.shape[1]:
         raise InvalidInput(f"labels must be integers from 0 to {values.shape[1] - 1}")
+    if not np.isfinite(values).all():
+        raise InvalidInput(f"scores hold {values[~np.isfinite(values)][0]}, expected finite numbers")
     return values, targets

@@ -104,6 +104,8 @@ def _as_top_m(predictions: TopM, n_outputs: int | None) -> TopM:
             f"TopM has indices {indices.shape}, probabilities {probabilities.shape} and rest {rest.shape}, "
             "expected [b m], [b m] and [b]"
         )
+    if indices.shape[1] == 0:
+        raise InvalidInput("TopM lists no class at all, expected m of at least 1")
     if not np.issubdtype(indices.dtype, np.integer):
         raise InvalidInput(f"TopM indices are {indices.dtype}, expected integers")
     if indices.size and (indices.min() < 0 or (n_outputs is not None and indices.max() >= n_outputs)):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy import ndarray
 
-from residual_memory.indexes.base import Index, nearest, pair_distances
+from residual_memory.indexes.base import Index, nearest
+from residual_memory.indexes.distances import pair_distances
 from residual_memory.indexes.registry import IndexSpec, build_index
 from residual_memory.memory import Column
 from residual_memory.metrics import recall
@@ -143,9 +144,7 @@ class IndexContract:
     def test_rejected_rows_are_replaced_by_the_next_nearest(self) -> None:
         problem = clustered()
         keys = column(problem.keys)
-        found = nearest(
-            [self.build(keys)], keys, problem.queries, K, reject=lambda _, rows: np.asarray(rows % 4 != 1)
-        )
+        found = nearest([self.build(keys)], keys, problem.queries, K, reject=lambda _, rows: np.asarray(rows % 4 != 1))
         assert (found.rows % 4 == 1).all()
         kept = problem.rows(slice(1, None, 4))
         self.assert_right(replace(found, rows=found.rows // 4), kept)

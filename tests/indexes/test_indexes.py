@@ -2,10 +2,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy import ndarray
 
 from residual_memory.errors import InvalidInput, MissingExtra
+from residual_memory.indexes import distances as distances_module
 from residual_memory.indexes import registry
-from residual_memory.indexes.base import Index, nearest, pair_distances, squared_error
+from residual_memory.indexes.base import Index, nearest
+from residual_memory.indexes.distances import pair_distances, squared_error
 from residual_memory.indexes.exact import ExactNumpy
 from residual_memory.indexes.registry import IndexSpec, build_index
 from residual_memory.memory import Column
@@ -43,9 +46,7 @@ def test_a_trailing_rflat_is_dropped_since_every_shortlist_is_rescored() -> None
     built = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs,RFlat?nprobe=16"), keys, 0, 800)
     plain = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs?nprobe=16"), keys, 0, 800)
     queries = clustered().queries
-    np.testing.assert_array_equal(
-        nearest([built], keys, queries, 10).rows, nearest([plain], keys, queries, 10).rows
-    )
+    np.testing.assert_array_equal(nearest([built], keys, queries, 10).rows, nearest([plain], keys, queries, 10).rows)
 
 
 def test_a_longer_shortlist_recalls_more() -> None:
@@ -143,7 +144,9 @@ def test_a_spec_that_cannot_be_built_is_refused_however_many_rows_there_are(spec
         build_index(IndexSpec.parse(spec), keys, 0, n)
 
 
-@pytest.mark.parametrize(("spec", "module"), [("exact:faiss", "faiss"), ("exact:torch", "torch"), ("faiss:Flat", "faiss")])
+@pytest.mark.parametrize(
+    ("spec", "module"), [("exact:faiss", "faiss"), ("exact:torch", "torch"), ("faiss:Flat", "faiss")]
+)
 def test_an_engine_that_is_not_installed_says_how_to_install_it(
     spec: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +155,7 @@ def test_an_engine_that_is_not_installed_says_how_to_install_it(
         build_index(IndexSpec.parse(spec), column(classification().keys), 0, 60)
 
 
-@pytest.mark.parametrize(
-    ("missing", "chosen"), [(set(), "faiss"), ({"faiss"}, "torch"), ({"faiss", "torch"}, "numpy")]
-)
+@pytest.mark.parametrize(("missing", "chosen"), [(set(), "faiss"), ({"faiss"}, "torch"), ({"faiss", "torch"}, "numpy")])
 def test_exact_search_takes_the_best_that_is_installed(
     missing: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,13 +182,36 @@ def test_numpy_alone_is_enough() -> None:
     assert in_plain_python(PLAIN_SEARCH) == "[[-0.5, 0.5]]\n"
 
 
-def test_pair_distances_of_missing_rows_are_infinite() -> None:
+@pytest.mark.parametrize(("dtype", "precision"), [(np.float64, 1e-14), (np.float32, 1e-6), (np.float16, 1e-6)])
+@pytest.mark.parametrize("with_faiss", [True, False])
+@pytest.mark.parametrize("cuts", [[], [1, 30]])
+def test_pair_distances_are_those_of_the_stored_keys_and_infinite_where_a_row_is_missing(
+    dtype: type, precision: float, with_faiss: bool, cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distances_module, "_has_faiss", lambda: with_faiss)
+    monkeypatch.setattr(distances_module, "SCRATCH_BYTES", 1000)
     problem = classification()
-    rows = np.array([[0, -1, 5]] * 12)
-    found = pair_distances(column(problem.keys), problem.queries, rows)
+    stored: ndarray = problem.keys.astype(dtype)
+    queries: ndarray = problem.queries.astype(dtype)
+    found = pair_distances(column(*np.split(stored, cuts)), queries, np.array([[0, -1, 59]] * 12))
     assert np.isinf(found[:, 1]).all()
-    differences = problem.queries[:, None, :] - problem.keys[[0, 5]]
-    np.testing.assert_allclose(found[:, [0, 2]], np.sqrt((differences**2).sum(axis=2)), rtol=1e-14)
+    differences = queries[:, None, :].astype(float) - stored[[0, 59]].astype(float)
+    np.testing.assert_allclose(found[:, [0, 2]], np.sqrt((differences**2).sum(axis=2)), rtol=precision)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("with_faiss", [True, False])
+def test_the_distance_of_a_key_to_itself_is_zero_wherever_it_lies(
+    dtype: type, with_faiss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distances_module, "_has_faiss", lambda: with_faiss)
+    stored: ndarray = (classification(d=37).keys * 1000).astype(dtype)
+    rows = np.tile(np.arange(60), (60, 1))
+    whole = pair_distances(column(stored), stored, rows)
+    parted = pair_distances(column(*np.split(stored, [7, 8, 40])), stored, rows)
+    assert not np.diag(whole).any()
+    np.testing.assert_array_equal(whole, parted)
+    np.testing.assert_array_equal(whole[:, 5], pair_distances(column(stored), stored, rows[:, 5:6])[:, 0])
 
 
 @pytest.mark.parametrize("d", [2, 64, 1000])
@@ -239,7 +263,7 @@ def test_an_index_grows_with_its_memory_in_few_parts() -> None:
     for row in range(120):
         part = problem.rows([row])
         memory.append(part.keys, part.labels, part.predictions)
-        snapshot, found = knn.search(problem.queries, 3)
+        _, found = knn.search(problem.queries, 3)
     _, rows = reference.neighbors(problem.keys, problem.queries, 3)
     np.testing.assert_array_equal(found.rows, rows)
     assert knn._state is not None

@@ -47,7 +47,9 @@ def test_ids_are_given_in_order_and_never_twice(problem: Problem, place: Path | 
     assert grow(memory, problem, slice(0, 2)).tolist() == [3, 4]
     assert grow(memory, problem, [0], ids=[10]).tolist() == [10]
     assert grow(memory, problem, [0]).tolist() == [11]
-    assert memory.ids.tolist() == [0, 3, 4, 10, 11]
+    assert grow(memory, problem, [0], ids=[7]).tolist() == [7]
+    assert grow(memory, problem, [0]).tolist() == [12]
+    assert memory.ids.tolist() == [0, 3, 4, 10, 11, 7, 12]
 
 
 def test_ids_given_after_reopening_are_new_too(problem: Problem, tmp_path: Path) -> None:

@@ -27,11 +27,16 @@ def add(memory: Memory) -> None:
     memory.append(MORE.keys, MORE.labels, MORE.predictions, ids=np.arange(100, 106))
 
 
+def erase(memory: Memory) -> None:
+    memory.forget(memory.ids)
+    memory.compact()
+
+
 CHANGES: dict[str, Change] = {
     "append": add,
     "forget": lambda memory: memory.forget([2, 7]),
     "compact": lambda memory: memory.compact(),
-    "erase": lambda memory: (memory.forget(memory.ids), memory.compact()),
+    "erase": erase,
     "setting": lambda memory: memory.save_setting({"n_neighbors": 3}),
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 
-from residual_memory.indexes.distances import KeySource, pair_distances
+from residual_memory.indexes.distances import KeySource, pair_distances, precision_of
 from residual_memory.types import Neighbors
 
 WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a time
@@ -79,6 +79,7 @@ def nearest(
     Neighbors, ascending, padded with −1 and +inf where there are fewer than `n_neighbors` usable rows.
     """
     found = Neighbors(np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64))
+    queries = queries.astype(precision_of(keys), copy=False)
     n_rows = len(keys)
     pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
     while len(pending) and n_rows:

@@ -45,13 +45,20 @@ def pair_distances(
 
     Computed in float32, or in float64 where the keys are stored so.
     """
-    if keys.dtype == np.float64:
-        squared = _gathered_squares(keys, queries.astype(np.float64), rows, np.dtype(np.float64))
+    dtype = precision_of(keys)
+    queries = np.ascontiguousarray(queries, dtype)
+    if dtype == np.float64 or not _has_faiss():
+        squared = _gathered_squares(keys, queries, rows)
     else:
-        squared = _single_precision(keys, np.ascontiguousarray(queries, np.float32), rows)
+        squared = _squares_by_faiss(keys, queries, rows)
     distances = np.sqrt(squared, dtype=np.float64)
     distances[rows < 0] = np.inf
     return distances
+
+
+def precision_of(keys: KeySource) -> np.dtype:
+    """The type in which distances to these keys are computed: float64 for float64 keys, float32 for all others."""
+    return np.dtype(np.float64 if keys.dtype == np.float64 else np.float32)
 
 
 def squared_error(dim: int, scale: Any) -> Any:
@@ -69,11 +76,9 @@ def squared_error(dim: int, scale: Any) -> Any:
     return (4 * np.sqrt(dim) + 16) * np.finfo(np.float32).eps * scale
 
 
-def _single_precision(
+def _squares_by_faiss(
     keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
 ) -> Float[ndarray, "q s"]:
-    if not _has_faiss():
-        return _gathered_squares(keys, queries, rows, np.dtype(np.float32))
     squared = np.empty(rows.shape, np.float32)
     whole = keys.whole
     if whole is not None and whole.dtype == np.float32 and whole.flags.c_contiguous:
@@ -87,11 +92,11 @@ def _single_precision(
 
 
 def _gathered_squares(
-    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"], dtype: np.dtype
+    keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
 ) -> Float[ndarray, "q s"]:
-    squared = np.empty(rows.shape, dtype)
+    squared = np.empty(rows.shape, queries.dtype)
     for piece in _pieces(rows.shape, keys.width):
-        differences = keys.take(np.maximum(rows[piece], 0)).astype(dtype, copy=False)
+        differences = keys.take(np.maximum(rows[piece], 0)).astype(queries.dtype, copy=False)
         differences -= queries[piece, None, :]
         np.einsum("qsd,qsd->qs", differences, differences, out=squared[piece])
     return squared

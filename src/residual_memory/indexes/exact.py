@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy import ndarray
 
+from residual_memory.errors import InvalidInput
 from residual_memory.indexes.base import Candidates, Index
 from residual_memory.indexes.distances import KeySource, squared_error
 
@@ -79,7 +80,7 @@ class ExactTorch(Index):
         import torch
 
         self.first, self.n_rows = first, n_rows
-        self._device = torch.device(device)
+        self._device = _device_named(device)
         self._centred = _Centred(keys, first, n_rows)
         self._blocks = [torch.from_numpy(block).to(self._device) for block in self._centred.blocks()]
         self._norms = [block.square().sum(1) for block in self._blocks]
@@ -162,6 +163,23 @@ def _smallest(
     rows = np.concatenate([rows, places + start], axis=1)
     chosen = np.argpartition(squared, k - 1, axis=1)[:, :k]
     return np.take_along_axis(squared, chosen, 1), np.take_along_axis(rows, chosen, 1)
+
+
+def _device_named(name: str) -> Any:
+    """A torch device that is there.
+
+    Raises
+    ------
+    InvalidInput : if torch does not know it, or this machine does not have it.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(f"torch cannot use device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _matmul_coarseness() -> float:

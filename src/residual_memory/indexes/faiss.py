@@ -76,8 +76,9 @@ def empty_index(dim: int, factory: str, options: Mapping[str, float]) -> tuple[A
     remaining = dict(options)
     quantised = "PQ" in factory or "SQ" in factory
     k_factor = remaining.pop("k_factor", QUANTISED_FACTOR if quantised else UNQUANTISED_FACTOR)
-    if k_factor < 1:
-        raise InvalidInput(f"index option k_factor is {k_factor:g}, expected at least 1")
+    for name, value in {"k_factor": k_factor, **remaining}.items():
+        if not 1 <= value < float("inf"):
+            raise InvalidInput(f"index option {name} is {value:g}, expected a number of at least 1")
     try:
         index = faiss.index_factory(dim, factory.removesuffix(",RFlat"), faiss.METRIC_L2)
     except RuntimeError as error:
