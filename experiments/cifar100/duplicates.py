@@ -90,7 +90,7 @@ def draw_pairs(found: Duplicates, train: Cifar100, test: Cifar100, path: Path, c
         rows.append([(test.images[found.rows[i]], f"test {found.correlations[i]:.2f}") for i in some])
         rows.append([(train.images[found.partners[i]], "training") for i in some])
     path.parent.mkdir(parents=True, exist_ok=True)
-    gallery(rows).savefig(path, dpi=110)
+    gallery(rows).savefig(path, dpi=60)
 
 
 def _edges(images: UInt8[ndarray, "n 3 h w"]) -> Float[ndarray, "n 1 g v"]:

@@ -178,8 +178,8 @@ def _queries(memory: Memory, seen: Observations) -> Float[ndarray, "q d"]:
 def _ship(seen: _Seen, choice: KeyChoice) -> None:
     """Write what the package and its pages ship: the 8-bit keys of the pooled layer, the roses of the finest."""
     if choice is FINE:
-        roses = find_roses(seen.memory, seen.rows, seen.measured, seen.train.class_names)
-        roses_figure(roses, seen.train, seen.test).savefig(PICTURES / "roses.png", dpi=120)
+        roses = find_roses(seen.memory, seen.rows, seen.measured, seen.train)
+        roses_figure(roses, seen.train, seen.test).savefig(PICTURES / "roses.png", dpi=80)
     if choice is PLAIN:
         keys = np.concatenate([seen.memory.snapshot.keys.take(np.arange(N_TRAIN)), seen.rows.keys])
         labels = np.concatenate([seen.train.labels, np.asarray(seen.rows.labels)])

@@ -185,10 +185,10 @@ class ResidualKNN:
     def _current(self) -> _State:
         """The state for the memory's present snapshot, built or extended where needed."""
         state, snapshot = self._state, self.memory.snapshot
-        if state is not None and state.snapshot is snapshot:
+        if state is not None and state.snapshot.version >= snapshot.version:
             return state
         with self._building:
-            if self._state is None or self._state.snapshot is not snapshot:
+            if self._state is None or self._state.snapshot.version < snapshot.version:
                 self._state = self._built(snapshot, self._state)
             return self._state
 

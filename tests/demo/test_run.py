@@ -78,7 +78,7 @@ def test_the_demo_runs_on_images_and_shows_roses(tmp_path: Path, monkeypatch: py
     assert folder is not None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(run, "find_cifar100", lambda: folder)
-    monkeypatch.setattr(run, "read_cifar100", first_images(4_000, 500))
+    monkeypatch.setattr(run, "read_cifar100", first_images(15_000, 1_000))
     result = run_demo(out=tmp_path / "report.html", progress=False, say=lambda _: None)
     assert [row.name for row in result.rows] == ["plain", "tuned 4x4"]
     assert result.roses

@@ -376,7 +376,7 @@ class Memory:
         with self._changing:
             if self._directory:
                 self._directory.unlock()
-                self._writable = False
+            self._writable = False
 
     # ------------------------------------------------------------------ inside
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -26,7 +27,7 @@ from residual_memory.models.base import Builder, Side, Source, warn_if_in_sample
 from residual_memory.progress import progress_bar
 from residual_memory.residuals import temper
 from residual_memory.types import Metric, Observations, Task
-from residual_memory.validation import as_count, as_predictions
+from residual_memory.validation import as_count, as_labels, as_predictions
 
 try:
     import torch
@@ -109,7 +110,7 @@ def build_memory(
     ----------
     Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
     """
-    n_rows = len(dataset)  # type: ignore[arg-type]
+    n_rows, batch_size = len(dataset), as_count("batch_size", batch_size)  # type: ignore[arg-type]
     if n_rows == 0:
         raise InvalidInput("the data set is empty: there is nothing to memorize")
     first = _first_item(dataset)
@@ -135,22 +136,43 @@ def build_memory(
     )
     if Source.from_dict(memory.source or {}).complete:
         return memory
+    try:
+        losses = _build(memory, watch, dataset, own, batch_size, num_workers, collate, verbose)
+        memory.save_source(replace(source, complete=True).to_dict())
+    except BaseException:
+        memory.close()  # another call may go on where this one stopped
+        raise
+    if len(losses):
+        _warn(watch, losses, held_out, batch_size, collate)
+    return memory
+
+
+def _build(
+    memory: Memory,
+    watch: "Watch",
+    dataset: "Dataset[Any]",
+    own: Float[ndarray, "n c"] | None,
+    batch_size: int,
+    num_workers: int,
+    collate: Callable[[list[Any]], Any],
+    verbose: bool,
+) -> Float[ndarray, " r"]:
+    """Observe the rows that the memory does not hold yet; returns the base's losses on them, none if out of fold."""
+    n_rows = len(dataset)  # type: ignore[arg-type]
+    layout = memory.layout
     missing = np.setdiff1d(np.arange(n_rows), memory.ids)
-    batches = _observed(watch, dataset, missing, as_count("batch_size", batch_size), num_workers, collate)
-    losses = []
+    losses = [np.zeros(0)]
     n_done = n_rows - len(missing)
     with progress_bar("building", n_rows, done=n_done, shown=verbose) as advance, Builder(memory) as builder:
-        for seen in batches:
+        for seen in _observed(watch, dataset, missing, batch_size, num_workers, collate):
+            as_labels(seen.labels, layout.task, layout.n_outputs, len(seen))
             if own is not None:
                 seen = replace(seen, predictions=own[seen.ids])
             else:
-                losses.append(_losses(seen, chosen_task))
+                losses.append(_losses(seen, layout.task))
             builder.add(seen)
             advance(len(seen))
-    memory.save_source(replace(source, complete=True).to_dict())
-    if losses:
-        _warn(watch, np.concatenate(losses), held_out, batch_size, collate)
-    return memory
+    return np.concatenate(losses)
 
 
 def observe(
@@ -257,7 +279,7 @@ class Watch:
             self._layer = _last_linear(self.model, lambda: self._forward(inputs))
         if callable(self._layer):
             raw = self._forward(inputs)
-            with torch.inference_mode():
+            with _evaluating(self.model), torch.inference_mode():
                 keys = self._layer(_moved(inputs, _device(self.model)))
         else:
             with _captured(_module_named(self.model, self._layer), self.side) as caught:
@@ -350,17 +372,17 @@ class Exportable(nn.Module):
 
     def __init__(self, model: nn.Module, layer: str, side: Side, pool: int) -> None:
         super().__init__()
-        self._caught: list[Tensor] = []
+        self._caught = _Caught()
         self.model, self._pool, self._name = copy.deepcopy(model).eval(), pool, layer
         parent_name, _, name = layer.rpartition(".")
         parent = _module_named(self.model, parent_name) if parent_name else self.model
         setattr(parent, name, _Recorder(_module_named(self.model, layer), side, self._caught))
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        self._caught.clear()
+        self._caught.tensors = []
         raw = self.model(*inputs)
-        keys = _only(self._caught, self._name)
-        self._caught.clear()
+        keys = _only(self._caught.tensors, self._name)
+        self._caught.tensors = []
         return _tensor_of(raw), pooled(keys, self._pool)
 
 
@@ -420,16 +442,26 @@ def pooled(keys: Tensor, pool: int) -> Float[Tensor, "b d"]:
     return keys
 
 
+class _Caught:
+    """What a recorder noted; no plain list, which torch.export would take for state of the module."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+
 class _Recorder(nn.Module):
     """A layer that notes what goes in, or comes out."""
 
-    def __init__(self, layer: nn.Module, side: Side, caught: list[Tensor]) -> None:
+    def __init__(self, layer: nn.Module, side: Side, caught: _Caught) -> None:
         super().__init__()
         self.layer, self._side, self._caught = layer, side, caught
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
+        if self._side == "input":
+            self._caught.tensors.append(_first_tensor((*inputs, *options.values())).clone())
         result = self.layer(*inputs, **options)
-        self._caught.append(_first_tensor(inputs if self._side == "input" else result))
+        if self._side == "output":
+            self._caught.tensors.append(_first_tensor(result).clone())
         return result
 
 
@@ -444,7 +476,9 @@ def _watch_of(
     """A watch on the layer that the memory's rows come from, after making sure that the model is theirs."""
     built = None if memory.source is None else Source.from_dict(memory.source)
     if built is not None:
-        layer = layer if callable(layer) else built.layer
+        if layer is None and ":" in built.layer:
+            raise InvalidInput(f"the memory's keys come from the function {built.layer!r}: pass it as layer=")
+        layer = built.layer if layer is None else layer
         side, pool = built.side, built.pool
     watch = Watch(model, layer, side, pool=pool, task=memory.layout.task, **options)
     if built is not None:
@@ -478,7 +512,7 @@ def _captured(layer: nn.Module, side: Side) -> Iterator[list[Tensor]]:
     def note(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any = None) -> None:
         del module
         if threading.get_ident() == thread:
-            caught.append(_first_tensor((*inputs, *options.values()) if side == "input" else result))
+            caught.append(_first_tensor((*inputs, *options.values()) if side == "input" else result).clone())
 
     if side == "input":
         handle = layer.register_forward_pre_hook(note, with_kwargs=True)
@@ -490,17 +524,29 @@ def _captured(layer: nn.Module, side: Side) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+_evaluated: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_switching = threading.Lock()
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module gets back its own mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Eval mode for a while; the last thread to leave gives every module back its own mode."""
+    with _switching:
+        inside, training = _evaluated.get(model, (0, []))
+        training += [module for module in model.modules() if module.training]
+        for module in training:
+            module.training = False
+        _evaluated[model] = inside + 1, training
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _switching:
+            inside, training = _evaluated.pop(model)
+            if inside > 1:
+                _evaluated[model] = inside - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 def _last_linear(model: nn.Module, forward: Callable[[], Any]) -> str:
@@ -643,6 +689,8 @@ def _place(memory: Memory) -> str:
 def _losses(seen: Observations, task: Task) -> Float[ndarray, " b"]:
     predictions = np.asarray(seen.predictions, np.float64)
     if task == "classification":
+        unseen = max(int(seen.labels.max()) + 1 - predictions.shape[1], 0)
+        predictions = np.pad(predictions, ((0, 0), (0, unseen)))
         return -np.log(np.maximum(predictions[np.arange(len(seen)), seen.labels], 1e-12))
     return ((predictions - seen.labels.reshape(predictions.shape)) ** 2).mean(axis=1)
 
