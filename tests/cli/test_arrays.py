@@ -332,7 +332,11 @@ def test_a_build_holds_a_part_of_the_source_alone(tmp_path: Path, form: str) -> 
 
     n, d = 750_000, 128  # 384 MB of keys, in one row group
     keys = np.tile(np.random.default_rng(0).normal(size=(1000, d)).astype(np.float32), (n // 1000, 1))
-    data = {"keys": keys, "labels": np.arange(n) % 2, "predictions": np.full((n, 2), 0.5, np.float32)}
+    data: dict[str, ndarray] = {
+        "keys": keys,
+        "labels": np.arange(n) % 2,
+        "predictions": np.full((n, 2), 0.5, np.float32),
+    }
     if form == "folder":
         source = as_folder(tmp_path / "data", data)
     else:

@@ -37,7 +37,8 @@ def test_the_same_source_is_accepted_however_far_its_build_went() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("model", {"class": "Net", "sha256": "1" * 64}), ("layer", "body"), ("side", "output"), ("pool", 2)]
+    ("name", "other"),
+    [("model", {"class": "Net", "sha256": "1" * 64}), ("layer", "body"), ("side", "output"), ("pool", 2)],
 )
 def test_another_model_or_layer_is_refused_by_name(name: str, other: Any) -> None:
     with pytest.raises(FingerprintMismatch, match=f"at here was built with {name}"):
@@ -82,7 +83,7 @@ def test_nothing_observed_adds_nothing(problem: Problem) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_was_observed_before_an_error_is_committed(problem: Problem, error: type[BaseException]) -> None:
     memory = empty_memory(problem)
-    with pytest.raises(error), Builder(memory) as builder:
+    with pytest.raises(error), Builder(memory) as builder:  # noqa: PT012
         builder.add(batches_of(problem, 7)[0])
         raise error
     np.testing.assert_array_equal(memory.ids, np.arange(7))
@@ -120,7 +121,11 @@ def test_a_batch_that_does_not_fit_is_refused_and_the_rest_stays(problem: Proble
 
 @pytest.mark.parametrize(
     ("train", "held_out", "said"),
-    [(0.5, 1.2, "0.5 on the memory's data and 1.2 on held-out"), (0.005, None, "knows them by heart"), (0.0, 0.0, "heart")],
+    [
+        (0.5, 1.2, "0.5 on the memory's data and 1.2 on held-out"),
+        (0.005, None, "knows them by heart"),
+        (0.0, 0.0, "heart"),
+    ],
 )
 def test_a_base_that_knows_its_data_by_heart_is_reported(train: float, held_out: float | None, said: str) -> None:
     with pytest.warns(InSampleResiduals, match=said):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,6 @@ from tests import reference
 from tests.models.nets import (
     CLASSIFIERS,
     REGRESSORS,
-    Case,
     ConvNet,
     Examples,
     Mlp,
@@ -89,7 +88,7 @@ class Calls(nn.Module):
         return self._function(x)
 
 
-# ---------------------------------------------------------------------------------------------- what a memory holds
+# ---------------------------------------------------------------------- what a memory holds
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -173,7 +172,7 @@ def test_cosine_and_half_precision_are_passed_on() -> None:
     np.testing.assert_allclose(np.linalg.norm(rows_of(memory, "keys").astype(float), axis=1), 1, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------- layers
+# ---------------------------------------------------------------------- layers
 
 
 @pytest.mark.parametrize(("name", "said"), [("mlp", "6"), ("conv", "5"), ("resnet", "64")])
@@ -284,7 +283,9 @@ def test_other_shapes_give_no_keys(shape: tuple[int, ...]) -> None:
         pooled(torch.zeros(shape), 1)
 
 
-@pytest.mark.parametrize(("wrong", "close"), [("haed", "'head'"), ("body.9", "'body.[0-3]'"), ("nothing like it", "'head'")])
+@pytest.mark.parametrize(
+    ("wrong", "close"), [("haed", "'head'"), ("body.9", "'body.[0-3]'"), ("nothing like it", "'head'")]
+)
 def test_a_wrong_layer_name_suggests_the_close_one(wrong: str, close: str) -> None:
     with pytest.raises(InvalidInput, match=f"no layer '{wrong}'; did you mean.*{close}"):
         build(Mlp(), mlp_data(), layer=wrong)
@@ -329,7 +330,7 @@ def test_a_layer_without_a_tensor_is_refused() -> None:
         build(Words(), mlp_data(), layer="name", side="output")
 
 
-# ---------------------------------------------------------------------------------------------- the model is left as it was
+# ---------------------------------------------------------------------- the model is left as it was
 
 
 def partly_frozen() -> Mlp:
@@ -399,7 +400,7 @@ def test_autocast_computes_in_bfloat16_and_leaves_valid_rows() -> None:
     np.testing.assert_allclose(rows_of(memory, "predictions").sum(1), 1, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- what models take and give
+# ---------------------------------------------------------------------- what models take and give
 
 
 class Gives(nn.Module):
@@ -467,7 +468,7 @@ def test_keys_are_found_in_keyword_arguments() -> None:
     np.testing.assert_allclose(rows_of(memory, "keys"), keys_of(model, data.inputs), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------- data
 
 
 class Augmented(Examples):
@@ -530,7 +531,9 @@ def test_out_of_fold_predictions_are_kept_in_place_of_the_models_own() -> None:
         (np.tile([1.5, -0.5, 0.0], (20, 1)), InvalidInput, "expected probabilities"),
     ],
 )
-def test_out_of_fold_predictions_are_checked_before_the_pass(told: ndarray, error: Any, said: str, tmp_path: Path) -> None:
+def test_out_of_fold_predictions_are_checked_before_the_pass(
+    told: ndarray, error: Any, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(error, match=said):
         build(Mlp(), mlp_data(), tmp_path / "memory", predictions=told)
     assert not (tmp_path / "memory").exists()
@@ -571,7 +574,7 @@ def test_out_of_fold_predictions_answer_the_warning() -> None:
     assert len(build(ByHeart(20), told_labels(), predictions=np.full((30, 3), 1 / 3))) == 30
 
 
-# ---------------------------------------------------------------------------------------------- interruptions and reopening
+# ---------------------------------------------------------------------- interruptions and reopening
 
 
 def test_rows_seen_before_an_interruption_are_on_disk(tmp_path: Path) -> None:
@@ -620,7 +623,7 @@ def test_a_build_that_was_killed_goes_on_and_equals_an_uninterrupted_one(tmp_pat
     child = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(path)], cwd=ROOT)
     try:
         deadline = time.monotonic() + 60
-        while not (path / models.MANIFEST).exists() or len(Memory.open(path)) < 4:
+        while not (path / "manifest.json").exists() or len(Memory.open(path)) < 4:
             assert child.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -661,10 +664,10 @@ def another_weight(model: Mlp) -> Mlp:
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> Iterator[tuple[Mlp, Path]]:
+def built(tmp_path: Path) -> tuple[Mlp, Path]:
     model = Mlp().eval()
     build(model, mlp_data(), tmp_path / "memory").close()
-    yield model, tmp_path / "memory"
+    return model, tmp_path / "memory"
 
 
 @pytest.mark.parametrize(
@@ -719,7 +722,7 @@ def test_another_layer_is_refused_wherever_a_memory_is_used(built: tuple[Mlp, Pa
 def test_a_memory_whose_keys_come_from_a_function_asks_for_it(use: Any) -> None:
     model = Mlp()
     memory = build(model, mlp_data(), layer=first_inputs)
-    with pytest.raises(InvalidInput, match="first_inputs.*pass"):
+    with pytest.raises(InvalidInput, match=r"first_inputs.*pass"):
         use(model, memory)
 
 
@@ -744,7 +747,7 @@ def test_the_fingerprint_of_a_large_model_samples_every_tensor(monkeypatch: pyte
     assert fingerprint(model) != before
 
 
-# ---------------------------------------------------------------------------------------------- corrected predictions
+# ---------------------------------------------------------------------- corrected predictions
 
 
 def reference_forward(memory: Memory, keys: ndarray, said: ndarray, setting: Setting) -> ndarray:
@@ -752,9 +755,7 @@ def reference_forward(memory: Memory, keys: ndarray, said: ndarray, setting: Set
     stored, labels, predictions = (rows_of(memory, name) for name in ("keys", "labels", "predictions"))
     classes = labels.dtype.kind == "i"
     rest = reference.residuals(labels, predictions, setting.temperature) if classes else labels - predictions
-    residual = reference.correction(
-        stored, rest, keys, setting.n_neighbors, float(setting.bandwidth), setting.kernel
-    )
+    residual = reference.correction(stored, rest, keys, setting.n_neighbors, float(setting.bandwidth), setting.kernel)
     if not classes:
         return said + setting.shrinkage * residual
     base = reference.tempered(said, setting.temperature)
@@ -897,7 +898,7 @@ def test_recomputing_predictions_from_keys_through_the_head_equals_the_stored_on
     np.testing.assert_allclose(SMALL.knn(recomputed)(queries), SMALL.knn(memory)(queries), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- observe
+# ---------------------------------------------------------------------- observe
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -929,7 +930,7 @@ def test_observing_with_a_function_needs_the_function_again() -> None:
     np.testing.assert_array_equal(seen.keys, first_inputs(data.inputs))
 
 
-# ---------------------------------------------------------------------------------------------- threads
+# ---------------------------------------------------------------------- threads
 
 
 def in_threads(*jobs: Callable[[], Any]) -> list[Any]:
@@ -1002,7 +1003,7 @@ def test_a_thread_that_is_done_does_not_switch_another_ones_model_to_training() 
     assert all(modes(model).values())
 
 
-# ---------------------------------------------------------------------------------------------- export
+# ---------------------------------------------------------------------- export
 
 
 def exported_cases() -> list[Any]:
@@ -1069,7 +1070,7 @@ def test_exported_outputs_and_keys_are_enough_to_predict() -> None:
 
 def test_keys_from_a_function_cannot_be_exported() -> None:
     model = Mlp()
-    with pytest.raises(InvalidInput, match="first_inputs.*export it by itself"):
+    with pytest.raises(InvalidInput, match=r"first_inputs.*export it by itself"):
         exportable(model, build(model, mlp_data(), layer=first_inputs))
 
 

@@ -144,12 +144,12 @@ class _Listed(_Sink):
             return {"base": answer.base[row].tolist(), "corrected": answer.corrected[row].tolist()}
         base = int(answer.base[row].argmax())
         return {
-            "base": self._entry(base, answer.base[row, base]),
-            "top": [self._entry(int(label), answer.corrected[row, label]) for label in classes],
+            "base": self._entry(base, float(answer.base[row, base])),
+            "top": [self._entry(int(label), float(answer.corrected[row, label])) for label in classes],
         }
 
     def _entry(self, label: int, probability: float) -> dict[str, Any]:
-        return {"class": label, "name": class_label(self._memory, label), "probability": float(probability)}
+        return {"class": label, "name": class_label(self._memory, label), "probability": probability}
 
 
 class _Npz(_Sink):

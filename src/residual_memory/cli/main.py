@@ -75,6 +75,7 @@ app = typer.Typer(
     cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
+    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS = {
@@ -91,10 +92,7 @@ _NAMES = frozenset(command.__name__ for commands in _PANELS.values() for command
 
 
 @app.callback(invoke_without_command=True)
-def resmem(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+def resmem(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Give a trained model a memory of what it could not learn.
 
     Build a memory from the model's training data, tune it on held-out data, and predict better from then on, without
@@ -103,9 +101,6 @@ def resmem(
     if version:
         typer.echo(f"resmem {__version__}")
         raise typer.Exit
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
-        raise typer.Exit(USAGE)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -115,8 +110,8 @@ def main(args: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     with _warnings_as_notes():
         try:
-            code = command.main(arguments, prog_name="resmem", standalone_mode=False)
-            return _interrupted() if code == INTERRUPTED else int(code or 0)
+            code = command.main(arguments or ["--help"], prog_name="resmem", standalone_mode=False)
+            return _interrupted() if code == INTERRUPTED else int(code or 0) if arguments else USAGE
         except (KeyboardInterrupt, typer.Abort):
             return _interrupted()
         except ResidualMemoryError as error:

@@ -44,7 +44,7 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def size_text(n_bytes: float) -> str:
+def size_text(n_bytes: float | int) -> str:
     """Bytes in the largest decimal unit that leaves at least 1.
 
     Examples

@@ -368,28 +368,23 @@ class ResMemModule(nn.Module):
 
 
 class Exportable(nn.Module):
-    """A copy of a model whose forward gives (outputs, keys) and needs no hooks: see `exportable`."""
+    """A copy of a model whose forward gives (outputs, keys): see `exportable`."""
 
     def __init__(self, model: nn.Module, layer: str, side: Side, pool: int) -> None:
         super().__init__()
-        self._caught = _Caught()
-        self.model, self._pool, self._name = copy.deepcopy(model).eval(), pool, layer
-        parent_name, _, name = layer.rpartition(".")
-        parent = _module_named(self.model, parent_name) if parent_name else self.model
-        setattr(parent, name, _Recorder(_module_named(self.model, layer), side, self._caught))
+        self.model, self._layer, self._side, self._pool = copy.deepcopy(model).eval(), layer, side, pool
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        self._caught.tensors = []
-        raw = self.model(*inputs)
-        keys = _only(self._caught.tensors, self._name)
-        self._caught.tensors = []
-        return _tensor_of(raw), pooled(keys, self._pool)
+        with _captured(_module_named(self.model, self._layer), self._side) as caught:
+            raw = self.model(*inputs)
+        return _tensor_of(raw), pooled(_only(caught, self._layer), self._pool)
 
 
 def exportable(model: nn.Module, memory: Memory) -> Exportable:
     """A module for torch.export, ONNX and the like: forward(x) gives (outputs [b c], keys [b d]) in one graph.
 
-    Exporters drop hooks, so the layer is wrapped in a copy of the model instead. At the other end:
+    Exporters drop the hooks that a module carries, so this one sets its own while it runs, which torch.export traces
+    with strict=False (the default from torch 2.7 on). At the other end:
     `correct(temper(softmax(outputs), T), knn(keys), shrinkage)`.
 
     Raises
@@ -440,29 +435,6 @@ def pooled(keys: Tensor, pool: int) -> Float[Tensor, "b d"]:
             f"the layer gives a tensor of shape {tuple(keys.shape)}, expected a batch of vectors or maps"
         )
     return keys
-
-
-class _Caught:
-    """What a recorder noted; no plain list, which torch.export would take for state of the module."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-
-
-class _Recorder(nn.Module):
-    """A layer that notes what goes in, or comes out."""
-
-    def __init__(self, layer: nn.Module, side: Side, caught: _Caught) -> None:
-        super().__init__()
-        self.layer, self._side, self._caught = layer, side, caught
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        if self._side == "input":
-            self._caught.tensors.append(_first_tensor((*inputs, *options.values())).clone())
-        result = self.layer(*inputs, **options)
-        if self._side == "output":
-            self._caught.tensors.append(_first_tensor(result).clone())
-        return result
 
 
 def _watch_of(
