@@ -208,11 +208,11 @@ class ResidualKNN:
         return _State(snapshot, tuple(parts), table)
 
     def _typical_distance(self) -> float:
-        snapshot = self.memory.snapshot
+        state = self._current()
+        snapshot = state.snapshot
         alive = np.flatnonzero(snapshot.alive)
         rows = alive[np.unique(np.linspace(0, len(alive) - 1, min(BANDWIDTH_SAMPLE, len(alive))).astype(int))]
         k = 1 if self.kernel == "inverse" else min(self.n_neighbors, len(alive) - 1)
-        state = self._current()
         found = nearest(
             state.parts, snapshot.keys, snapshot.keys.take(rows), k,
             reject=lambda positions, listed: ~snapshot.alive[listed] | (listed == rows[positions, None]),
@@ -260,9 +260,9 @@ def to_probabilities(scores: ArrayLike, base: ArrayLike | None = None, *, floor:
     Parameters
     ----------
     scores : what `correct` gives [q c].
-    base : the predictions that were corrected [q c]. With them no class falls below `floor` times what the base gave
-        it, so every probability is positive and log-loss is finite. Without them the scores are projected onto the
-        simplex, which keeps their order but may give zeros: for ranking.
+    base : the predictions that were corrected [q c]. With them no score falls below `floor` times what the base gave
+        its class before the row is renormalised, so every probability is positive and log-loss is finite. Without them
+        the scores are projected onto the simplex, which keeps their order but may give zeros: for ranking.
     floor : the part of a base probability that no correction can take away.
 
     References

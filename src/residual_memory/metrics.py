@@ -14,6 +14,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.errors import DimensionMismatch, InvalidInput
+from residual_memory.validation import as_count
 
 Z95 = 1.959963984540054
 
@@ -85,6 +86,7 @@ def calibration_bins(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 
     For each bin that has rows: `low`, `high`, `n`, `confidence` (mean largest probability), `accuracy`.
     """
     values, targets = _scores_and_labels(probabilities, labels)
+    n_bins = as_count("n_bins", n_bins)
     confidence, hit = values.max(axis=1), values.argmax(axis=1) == targets
     place = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     bins = []

@@ -330,9 +330,9 @@ def test_a_build_holds_a_part_of_the_source_alone(tmp_path: Path, form: str) -> 
     """Beside the source's blocks there are the builder's 32 MB and two copies of them on the way to disk."""
     import json
 
-    n, d = 750_000, 128  # 384 MB of keys, in one row group
+    n, d = 500_000, 128  # 256 MB of keys, in one row group
     keys = np.tile(np.random.default_rng(0).normal(size=(1000, d)).astype(np.float32), (n // 1000, 1))
-    data: dict[str, ndarray] = {
+    data: dict[str, Any] = {
         "keys": keys,
         "labels": np.arange(n) % 2,
         "predictions": np.full((n, 2), 0.5, np.float32),

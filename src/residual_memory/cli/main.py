@@ -75,7 +75,6 @@ app = typer.Typer(
     cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS = {
@@ -111,7 +110,9 @@ def main(args: Sequence[str] | None = None) -> int:
     with _warnings_as_notes():
         try:
             code = command.main(arguments or ["--help"], prog_name="resmem", standalone_mode=False)
-            return _interrupted() if code == INTERRUPTED else int(code or 0) if arguments else USAGE
+            if code == INTERRUPTED:
+                return _interrupted()
+            return int(code or 0) if arguments else USAGE
         except (KeyboardInterrupt, typer.Abort):
             return _interrupted()
         except ResidualMemoryError as error:
