@@ -10,7 +10,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import ResidualKNN, correct, label_average, residual_average, to_probabilities
-from residual_memory.errors import InvalidInput
+from residual_memory.errors import DimensionMismatch, InvalidInput
 from residual_memory.kernels import kernel_named
 from residual_memory.memory import Memory
 from residual_memory.metrics import Estimate, bootstrap_interval, correctness, log_losses, mean_interval, squared_errors
@@ -152,7 +152,7 @@ def evaluate(
     ------
     InvalidInput, DimensionMismatch : if the rows do not fit the memory.
     """
-    rows = HeldOut.checked(memory, keys, labels, predictions, metric)
+    rows = HeldOut.checked(memory, keys, labels, predictions, metric, groups)
     said = corrected_predictions(
         memory, rows.keys, rows.predictions, setting, memory_only=memory_only, index=index, exclude=exclude
     )
@@ -196,7 +196,9 @@ def corrected_predictions(
     counts = min(setting.n_neighbors, max(len(memory), 1)), min(alone.n_neighbors, max(len(memory), 1))
     snapshot, found = knn.search(keys, max(counts), exclude)
     weights = kernel_named(setting.kernel)(found.distances[:, : counts[0]], knn.bandwidth)
-    sigma = knn.bandwidth if isinstance(alone.bandwidth, str) else alone.bandwidth
+    sigma = alone.bandwidth
+    if isinstance(sigma, str):
+        sigma = knn.bandwidth if alone == setting else alone.knn(memory, index=index).bandwidth
     label_weights = kernel_named(alone.kernel)(found.distances[:, : counts[1]], sigma)
     base = tempered(predictions, setting.temperature) if setting.shrinkage else predictions
     residual = residual_average(snapshot, found.rows[:, : counts[0]], weights, setting.temperature)
@@ -215,7 +217,12 @@ class HeldOut:
 
     @staticmethod
     def checked(
-        memory: Memory, keys: ArrayLike, labels: ArrayLike, predictions: ArrayLike, metric: Metric | None
+        memory: Memory,
+        keys: ArrayLike,
+        labels: ArrayLike,
+        predictions: ArrayLike,
+        metric: Metric | None,
+        groups: ArrayLike | None = None,
     ) -> "HeldOut":
         """Validate at the door."""
         layout = memory.layout
@@ -231,6 +238,8 @@ class HeldOut:
                 f"there are {len(said)} predictions for {len(queries)} held-out keys, expected whole rows, one each, "
                 "and at least one"
             )
+        if groups is not None and np.shape(groups) != (len(queries),):
+            raise DimensionMismatch(f"groups have shape {np.shape(groups)}, expected one a row: {len(queries)}")
         said = said.astype(np.float32) if said.dtype == np.float16 else said
         return HeldOut(metric or allowed[0], queries, targets, said)
 
@@ -278,7 +287,7 @@ def summarize(
 def _figure(metric: Metric, losses: Float[ndarray, " q"], groups: ArrayLike | None) -> Estimate:
     mean = mean_interval(losses, groups)
     if metric == "accuracy":
-        return Estimate(1 - mean.value, 1 - mean.high, 1 - mean.low)
+        return Estimate(1 - mean.value, max(1 - mean.high, 0.0), min(1 - mean.low, 1.0))
     if metric == "rmse":
         return Estimate(*(float(np.sqrt(max(part, 0.0))) for part in (mean.value, mean.low, mean.high)))
     return mean

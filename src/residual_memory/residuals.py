@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from residual_memory.errors import InvalidInput
 from residual_memory.types import TopM
-from residual_memory.validation import as_count, as_positive, as_probabilities
+from residual_memory.validation import as_positive, as_probabilities
 
 
 def temper(predictions: ArrayLike, temperature: float) -> Float[ndarray, "b c"]:
@@ -78,7 +78,7 @@ def top_m(predictions: ArrayLike, m: int) -> TopM:
     InvalidInput : if a row is not a probability distribution, or m is not between 1 and its width.
     """
     probabilities = as_probabilities(predictions)
-    if not as_count("m", m) <= probabilities.shape[1]:
+    if not isinstance(m, int) or not 1 <= m <= probabilities.shape[1]:
         raise InvalidInput(f"m is {m}, expected 1 to {probabilities.shape[1]}, the number of classes")
     indices = np.argpartition(probabilities, -m, axis=1)[:, -m:]
     largest = np.take_along_axis(probabilities, indices, axis=1)

@@ -67,7 +67,8 @@ def tune(
     ----------
     memory : rows that the held-out ones are not among (or pass `exclude`).
     keys, labels, predictions : held-out rows: keys [q d], labels, base predictions at temperature 1.
-    metric : what to choose by: "accuracy" or "log_loss" for classification, "rmse" for regression.
+    metric : what to choose by: "accuracy" or "log_loss" for classification, "rmse" for regression. By log-loss the base
+        is measured at its own best temperature, so that the memory gets no credit for calibration alone.
     n_neighbors : values of k to try; those above the number of rows are left out.
     bandwidths : values of sigma to try, as multiples of the median distance to the k-th neighbour.
     temperatures : values of T; 1 alone for regression and for top-m memories.
@@ -82,7 +83,13 @@ def tune(
     ------
     InvalidInput, DimensionMismatch : if the rows do not fit the memory, or a list is empty.
     """
-    rows = HeldOut.checked(memory, keys, labels, predictions, metric)
+    rows = HeldOut.checked(memory, keys, labels, predictions, metric, groups)
+    for name, values in {"bandwidths": bandwidths, "temperatures": temperatures}.items():
+        if not len(values):
+            raise InvalidInput(f"{name} is empty, expected at least one value to try")
+    temperatures = [as_positive("temperature", value) for value in temperatures]
+    if (negative := min(shrinkages, default=0.0)) < 0:
+        raise InvalidInput(f"shrinkage is {negative:g}, expected numbers from 0")
     if len(rows.keys) < as_count("n_folds", n_folds):
         raise InvalidInput(f"there are {len(rows.keys)} held-out rows for {n_folds} folds; give more rows")
     snapshot, found, counts = _search(memory, rows.keys, n_neighbors, kernel, index, exclude)
@@ -94,11 +101,11 @@ def tune(
     candidates, losses, alone = _losses_of_all(
         rows, snapshot, found, shapes, (1.0,) if exact_temperatures else temperatures, sorted({0.0, *shrinkages})
     )
-    base = rows.losses(rows.predictions, rows.predictions)
-    folds = _folds(len(base), groups, n_folds, seed)
+    folds = _folds(len(rows.keys), groups, n_folds, seed)
+    without = np.array([setting.shrinkage == 0 for setting in candidates])
     measured = summarize(
         rows.metric,
-        base=base,
+        base=_crossfitted(losses[without], folds),
         memory_only=_crossfitted(alone, folds),
         corrected=_crossfitted(losses, folds),
         groups=groups,
@@ -191,6 +198,8 @@ def _folds(n: int, groups: ArrayLike | None, n_folds: int, seed: int) -> Int64[n
     names: Shaped[ndarray, " q"] = np.arange(n) if groups is None else np.asarray(groups)
     owner = np.unique(names, return_inverse=True)[1]
     count = int(owner.max()) + 1
+    if min(n_folds, count) < 2:
+        raise InvalidInput(f"n_folds is {n_folds} and there are {count} groups, expected at least 2 of each")
     return np.random.default_rng(seed).permutation(np.arange(count) % n_folds)[owner]
 
 

@@ -34,7 +34,7 @@ TYPOS: list[tuple[tuple[str, ...], str]] = [
     (("tune", "mem", "--data", "held.npz", "--index", "faiss:IVF4,Flat?nprob=2"), "no query option 'nprob'"),
     (("tune", "mem", "--data", "held.npz", "--index", "faiss:IVF4,Flat?nprobe=two"), "not a number"),
     (("build", "new", "--data", "train.npz", "--metric", "euclidian"), "did you mean 'euclidean'?"),
-    (("build", "new", "--data", "train.npz", "--key-dtype", "float61"), "did you mean 'float16'?"),
+    (("build", "new", "--data", "train.npz", "--key-dtype", "float61"), "did you mean 'float64'?"),
     (("build", "new", "--data", "train.npz", "--task", "clasification"), "did you mean 'classification'?"),
     (("build", "new", "--data", "train.npz", "--class-names", "nmaes.txt"), "did you mean 'names.txt'?"),
     (("build", "new", "--data", "net:train", *MODEL, "--layer", "33"), "did you mean '3'?"),
@@ -49,7 +49,7 @@ TYPOS: list[tuple[tuple[str, ...], str]] = [
     (("evaluate", "mem", "--data", "held.npz", "--bandwidth", "atuo"), "expected a number above 0 or 'auto'"),
     (("evaluate", "mem", "--data", "held.npz", "--bandwidth", "-1"), "expected a number above 0"),
     (("evaluate", "mem", "--data", "held.npz", "--n-neighbors", "0"), "expected at least 1"),
-    (("evaluate", "mem", "--data", "held.npz", "--n-neighbors", "five"), "not a valid int"),
+    (("evaluate", "mem", "--data", "held.npz", "--n-neighbors", "five"), "valid integer"),
     (("evaluate", "mem", "--data", "held.npz", "--shrinkage", "-0.5"), "expected a number above 0"),
     (("predict", "mem", "--data", "held.npz", "--out", "out.txt"), "ends in .npz, .csv or .parquet"),
     (("predict", "mem", "--data", "held.npz", "--out", "nowhere/out.npz"), "there is no folder nowhere"),
@@ -212,7 +212,8 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_the_program_runs_and_is_light(here: Path) -> None:
-    code = "import sys, residual_memory.cli.main as m; print(sorted({'torch', 'faiss', 'pyarrow', 'PIL'} & set(sys.modules)))"
+    heavy = {"torch", "faiss", "pyarrow", "PIL"}
+    code = f"import sys, residual_memory.cli.main; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
     ran = subprocess.run(

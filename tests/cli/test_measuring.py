@@ -7,6 +7,7 @@ import pytest
 
 import residual_memory as rm
 from residual_memory.cli.output import size_text
+from residual_memory.types import Task
 from tests.cli.workshop import as_npz, columns, done, noise, regression, resmem
 from tests.problems import classification
 
@@ -55,8 +56,9 @@ def test_overrides_replace_parts_of_the_saved_setting(memory: Path) -> None:
     assert resmem("evaluate", memory, "--data", "held.npz", "--shrinkage", 0).code == 1  # the base, exactly
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "log_loss"])
-@pytest.mark.parametrize("index", ["auto", "exact:numpy", "faiss:IVF4,Flat?nprobe=4"])
+@pytest.mark.parametrize(
+    ("metric", "index"), [("log_loss", "auto"), ("accuracy", "exact:numpy"), ("accuracy", "faiss:IVF4,Flat?nprobe=4")]
+)
 def test_metrics_and_indexes_can_be_chosen(memory: Path, metric: str, index: str) -> None:
     found = done("tune", memory, "--data", "held.npz", "--metric", metric, "--index", index, "--json").json
     assert found["metric"] == metric
@@ -86,7 +88,7 @@ def test_documents_widen_the_interval(here: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: str) -> None:
+def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: Task) -> None:
     n, d, c = 3000, 24, 6
     problem = classification(n, 1, d, c)
     labels = problem.labels if task == "classification" else problem.predictions
@@ -96,7 +98,7 @@ def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: str) ->
         n_outputs=c,
         task=task,
         key_dtype=dtype,
-        prediction_dtype=dtype,  # type: ignore[arg-type]
+        prediction_dtype=dtype,
     )
     memory.append(problem.keys, labels, problem.predictions)
     types = ("--key-dtype", dtype, "--prediction-dtype", dtype, "--task", task)
@@ -106,7 +108,7 @@ def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: str) ->
     )
 
 
-@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,Flat", "PQ8", "SQ8", "HNSW16"])
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,Flat", "SQ8", "HNSW16"])
 def test_an_estimated_index_is_near_the_real_one(factory: str) -> None:
     import faiss
 

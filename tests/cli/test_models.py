@@ -165,7 +165,7 @@ def test_pixels_are_rgb_from_0_to_1(tmp_path: Path) -> None:
 
     for name, mode, colour in (("a", "RGBA", (255, 0, 51, 255)), ("b", "L", 255)):
         (tmp_path / name).mkdir()
-        Image.new(mode, (5, 7), colour).save(tmp_path / name / "x.png")  # type: ignore[arg-type]
+        Image.new(mode, (5, 7), colour).save(tmp_path / name / "x.png")
     found = ImageFolder(tmp_path)
     image, label = found[0]
     assert (image.shape, image.dtype, label) == ((3, 7, 5), torch.float32, 0)

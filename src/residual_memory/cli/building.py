@@ -13,7 +13,7 @@ from numpy import ndarray
 from residual_memory.cli import options
 from residual_memory.cli.data import Block, NpyColumn, Reading, Rows, open_data, open_rows
 from residual_memory.cli.images import ImageFolder
-from residual_memory.cli.loading import FITTING, Examples, load_model, user_code
+from residual_memory.cli.loading import FITTING, Examples, as_torch_dataset, load_model, user_code
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Json, MemoryPath, Model, Outputs, chosen
 from residual_memory.cli.output import note, report, size_text
 from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput, ResidualMemoryError
@@ -167,6 +167,7 @@ def _from_model(
     model: Any,
     kept: _Kept,
     *,
+    held_out: Examples | None,
     autocast: str | None,
     **choices: Any,
 ) -> Memory:
@@ -177,15 +178,16 @@ def _from_model(
     with user_code("running the model on the data", FITTING):
         return build_memory(
             model,
-            dataset,  # type: ignore[arg-type]
+            as_torch_dataset(dataset),
             path,
             task=kept.task,
             n_outputs=kept.n_outputs,
-            class_names=kept.class_names,
+            class_names=kept.class_names or _classes_of(dataset),
             metric=kept.metric,
             key_dtype=kept.key_dtype,
             prediction_dtype=kept.prediction_dtype,
             autocast=None if autocast is None else {"bfloat16": torch.bfloat16, "float16": torch.float16}[autocast],
+            held_out=None if held_out is None else as_torch_dataset(held_out),
             **choices,
         )
 

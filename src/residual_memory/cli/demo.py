@@ -28,3 +28,5 @@ def demo(
 
     result = run_demo(out=out, quick=quick, progress=True, say=note)
     report(result.to_dict(), *result.text.splitlines(), as_json=as_json)
+    if not result.helps:
+        raise typer.Exit(1)

@@ -76,6 +76,20 @@ def load_dataset(reference: str) -> Examples:
     return found
 
 
+def as_torch_dataset(examples: Examples) -> Any:
+    """The same items as a torch data set; one that is such a data set is returned as it is."""
+    from torch.utils.data import Dataset
+
+    class Adapted(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(examples)
+
+        def __getitem__(self, index: int) -> Any:
+            return examples[index]
+
+    return examples if isinstance(examples, Dataset) else Adapted()
+
+
 def _named(reference: str) -> Any:
     module_name, _, path = reference.partition(":")
     if not module_name or not path:

@@ -53,7 +53,9 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (MemoryNotFound, "name the directory of a memory, or make one: resmem build --help"),
     (UnknownId, "nothing was changed; name ids that the memory holds"),
     (InvalidInput, _HELP),
+    (DataNotFound, _HELP),
     (UsageError, _HELP),
+    (OSError, "see to the file or the disk, then run the command again"),
 )
 
 

@@ -4,9 +4,11 @@ Source of the data: A. Krizhevsky, "Learning multiple layers of features from ti
 """
 
 import hashlib
+import http.client
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 import urllib.error
@@ -95,7 +97,7 @@ def download_cifar100(*, timeout: float = 10.0, progress: Callable[[int, int], N
         archive = Path(scratch) / "archive.tar.gz"
         try:
             _fetch(ARCHIVE, archive, timeout, progress)
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise DataNotFound(
                 f"CIFAR-100 is neither in $RESMEM_DATA nor in {cache}, and {ARCHIVE} gave no answer ({error}); "
                 f"put the folder {BINARY_FOLDER} there by hand, or work from the keys that ship with the package"
@@ -106,6 +108,7 @@ def download_cifar100(*, timeout: float = 10.0, progress: Callable[[int, int], N
         with tarfile.open(archive) as packed:
             packed.extractall(scratch, filter="data")
         target = cache / BINARY_FOLDER
+        shutil.rmtree(target, ignore_errors=True)  # of an interrupted copy by hand
         (Path(scratch) / BINARY_FOLDER).rename(target)
     return target
 
@@ -128,12 +131,23 @@ def read_cifar100(folder: str | os.PathLike[str], split: Split) -> Cifar100:
     CorruptFile : if the file is cut, or a pixel differs.
     """
     folder = Path(folder)
-    if (folder / f"{split}.bin").is_file():
-        data = _read_binary(folder, split)
-    elif (folder / split).is_file():
-        data = _read_python(folder, split)
-    else:
+    if not (folder / f"{split}.bin").is_file() and not (folder / split).is_file():
         raise DataNotFound(f"{folder} holds neither {split}.bin nor {split}: not a folder of CIFAR-100")
+    read = _read_binary if (folder / f"{split}.bin").is_file() else _read_python
+    try:
+        data = read(folder, split)
+    except FileNotFoundError as error:
+        raise DataNotFound(f"{folder} is incomplete: {Path(error.filename or '').name} is missing") from error
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise CorruptFile(f"{folder}: the {split} files are not those of CIFAR-100: {error!r}") from error
     found = hashlib.sha256(data.images.tobytes()).hexdigest()
     if found != PIXELS_SHA256[split]:
         raise CorruptFile(f"{folder}: the {split} images have sha256 {found}, expected {PIXELS_SHA256[split]}")
@@ -176,8 +190,4 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    try:
-        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise CorruptFile(f"{path} is not a readable file of CIFAR-100's python version: {error}") from error
-    return dict(content)
+    return dict(_ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load())

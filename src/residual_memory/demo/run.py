@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+N_NEIGHBORS = (5, 10, 20, 50, 100)
 ROSES = 12
 ROSE_NEIGHBORS = 5
 LARGEST_SHARE = 0.5  # of the memories shown; above it a few near-duplicates make the correction
@@ -218,7 +219,7 @@ def tuned_setting(network: "CifarResNet", train: Cifar100, choice: KeyChoice, *,
     memory = build_memory(network, Images(train, fitted), None, **choice.options, verbose=progress)
     seen = observe(network, Images(train, held_out), memory, verbose=progress)
     shrinkages = {"shrinkages": (1.0,)} if choice is PLAIN else {}
-    return tune(memory, seen.keys, seen.labels, seen.predictions, **shrinkages)  # type: ignore[arg-type]
+    return tune(memory, seen.keys, seen.labels, seen.predictions, n_neighbors=N_NEIGHBORS, **shrinkages)  # type: ignore[arg-type]
 
 
 def measure(
