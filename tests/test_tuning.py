@@ -238,6 +238,14 @@ def test_rows_excluded_one_by_one_are_as_if_they_were_not_there() -> None:
     assert excluded.corrected.value == pytest.approx(np.mean(by_hand))
 
 
+def test_a_row_that_may_see_itself_seems_wonderful_and_excluded_does_not() -> None:
+    problem, _ = noise()
+    memory = memory_of(problem)
+    given = (problem.keys, problem.labels, problem.predictions)
+    assert tune(memory, *given, **GRID).corrected.value == 1
+    assert not tune(memory, *given, exclude=memory.ids, **GRID).helps
+
+
 def test_the_neighbours_are_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[tuple[int, int]] = []
 
