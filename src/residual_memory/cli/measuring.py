@@ -22,7 +22,7 @@ from residual_memory.correction import TABLE_BYTES, ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import METRICS, Evaluation, Setting
 from residual_memory.indexes.faiss import empty_index, required_rows
-from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec
+from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec, auto_factory
 from residual_memory.memory import Memory
 from residual_memory.memory.format import Layout
 from residual_memory.metrics import Estimate
@@ -254,8 +254,7 @@ def _index_bytes(spec: IndexSpec, n: int, d: int) -> tuple[str, int]:
     """The engine that a spec comes to for so many rows, and its bytes in RAM."""
     build = spec.build
     if spec.engine == "auto" and n > EXACT_UP_TO and importlib.util.find_spec("faiss"):
-        cells = 1 << max(10, (4 * int(n**0.5)).bit_length() - 1)  # as in indexes.registry
-        build = f"IVF{cells},PQ{next((m for m in range(d // 2, 1, -1) if d % m == 0), 1)}x4fs"
+        build = auto_factory(d, n)
     elif spec.engine != "faiss":
         copied = build in ("torch", "faiss") or (not build and bool(importlib.util.find_spec("faiss")))
         return (

@@ -66,9 +66,14 @@ def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> In
 def _auto(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
     if n_rows <= EXACT_UP_TO or not _installed("faiss"):
         return _exact(IndexSpec("exact", spec.build, spec.options), keys, first, n_rows)
+    return _faiss(IndexSpec("faiss", auto_factory(keys.width, n_rows), spec.options), keys, first, n_rows)
+
+
+def auto_factory(width: int, n_rows: int) -> str:
+    """What "auto" asks of faiss beyond `EXACT_UP_TO` rows: about 4 sqrt(n) cells, half a byte for every two numbers."""
     cells = 1 << max(10, (4 * int(n_rows**0.5)).bit_length() - 1)
-    codes = next((m for m in range(keys.width // 2, 1, -1) if keys.width % m == 0), 1)
-    return _faiss(IndexSpec("faiss", f"IVF{cells},PQ{codes}x4fs", spec.options), keys, first, n_rows)
+    codes = next((m for m in range(width // 2, 1, -1) if width % m == 0), 1)
+    return f"IVF{cells},PQ{codes}x4fs"
 
 
 def _exact(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
