@@ -24,7 +24,7 @@ from experiments.results_file import stamped
 from residual_memory.correction import ResidualKNN
 from residual_memory.demo.assets import N_TRAIN, shipped_keys, shipped_network
 from residual_memory.demo.cifar100 import N_IMAGES
-from residual_memory.demo.resnet import CifarResNet, channels_last
+from residual_memory.demo.networks import CifarResNet, channels_last
 from residual_memory.evaluation import Setting
 from residual_memory.memory import Memory
 from residual_memory.models.torch import ResMemModule, build_memory

@@ -1,8 +1,9 @@
-"""Train a CIFAR residual network: one-cycle SGD with crops and flips, in bfloat16 on the cores.
+"""Train a CIFAR network: one-cycle SGD with crops and flips, in bfloat16 on the cores or on a GPU.
 
-    python -m experiments.cifar100.train --depth 8 --images 45000 --seed 0 --out NAME.safetensors
+    python -m experiments.cifar100.train --network resnet8 --sample 90% --steps 7800 --seed 0
 
-Resumes from its own checkpoint after an interruption, epoch by epoch.
+Resumes from its own checkpoint after an interruption. The weights go to experiments/networks, where the recipes look
+for them.
 """
 
 import argparse
@@ -11,16 +12,18 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from residual_memory.demo.cifar100 import find_cifar100, held_out_split, read_cifar100
-from residual_memory.demo.resnet import CifarResNet, channels_last
+from experiments.cifar100.networks import weights_file
+from experiments.cifar100.samples import SAMPLES
+from residual_memory.demo.cifar100 import find_cifar100, read_cifar100, user_cache
+from residual_memory.demo.networks import NETWORKS, CifarNetwork, channels_last, network_named
 
 PEAK_LEARNING_RATE, WEIGHT_DECAY, BATCH = 0.2, 5e-4, 128
+ROUND = 390  # steps between two checkpoints: one epoch of all 50,000 images
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -34,78 +37,90 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flips.view(-1, 1, 1, 1), cropped.flip(3), cropped)
 
 
-def train(images: Tensor, labels: Tensor, *, depth: int, n_epochs: int, seed: int, checkpoint: Path) -> nn.Module:
-    """Train from scratch, or go on from `checkpoint`; images are uint8 [n 3 32 32]."""
-    torch.manual_seed(seed)
-    network = channels_last(CifarResNet(depth))
+def train(
+    network: CifarNetwork, images: Tensor, labels: Tensor, *, n_steps: int, seed: int, checkpoint: Path
+) -> CifarNetwork:
+    """Train from the weights given, or go on from `checkpoint`; images are uint8 [n 3 32 32].
+
+    The images pass in random order again and again until `n_steps` batches are done, however many images there are.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = channels_last(network.to(device))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
-    n_batches = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LEARNING_RATE, total_steps=n_epochs * n_batches, pct_start=0.2
-    )
-    first = 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=n_steps, pct_start=0.2)
+    done = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        first = state["epoch"]
-    for epoch in range(first, n_epochs):
+        done = state["steps"]
+    while done < n_steps:
         started, total = time.perf_counter(), 0.0
-        generator = torch.Generator().manual_seed(seed * 10_000 + epoch)
-        order = torch.randperm(len(images), generator=generator)[: n_batches * BATCH]
+        generator = torch.Generator().manual_seed(seed * 10_000 + done // ROUND)
+        steps = min(ROUND, n_steps - done)
+        passes = -(-steps * BATCH // len(images))
+        order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])
         network.train()
-        for rows in order.view(-1, BATCH):
-            batch = augment(images[rows], generator).float().div_(255)
-            with torch.autocast("cpu", torch.bfloat16):
+        for rows in order[: steps * BATCH].view(-1, BATCH):
+            batch = augment(images[rows], generator).to(device).float().div_(255)
+            with torch.autocast(device, torch.bfloat16):
                 logits = network(batch.contiguous(memory_format=torch.channels_last))
-            loss = functional.cross_entropy(logits.float(), labels[rows])
+            loss = functional.cross_entropy(logits.float(), labels[rows].to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += loss.item()
+        done += steps
         state = {
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
-            "epoch": epoch + 1,
+            "steps": done,
         }
         torch.save(state, checkpoint.with_suffix(".part"))
         os.replace(checkpoint.with_suffix(".part"), checkpoint)
         seconds = time.perf_counter() - started
-        print(f"epoch {epoch + 1:3}/{n_epochs}  loss {total / n_batches:.4f}  {seconds:.0f} s", flush=True)
+        print(f"step {done:6}/{n_steps}  loss {total / steps:.4f}  {seconds:.0f} s", flush=True)
     return network.eval()
 
 
 def main() -> None:
     """Read the options, train, and save the weights with their recipe."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--images", type=int, choices=(45_000, 50_000), default=50_000)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser = argparse.ArgumentParser(prog="python -m experiments.cifar100.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=NETWORKS, default="resnet8")
+    parser.add_argument("--sample", choices=SAMPLES, default="100%")
+    parser.add_argument("--steps", type=int, default=7_800, help="batches of 128 images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
+    out = weights_file(options.network, options.sample, options.steps, options.seed)
+    if out.exists():
+        print(f"{out} is there already")
+        return
     torch.set_num_threads(options.threads)
     folder = find_cifar100()
     if folder is None:
         parser.error("CIFAR-100 was not found; run `make data`, or set RESMEM_DATA")
     data = read_cifar100(folder, "train")
-    rows = held_out_split()[0] if options.images == 45_000 else np.arange(50_000)
+    rows = SAMPLES[options.sample](data)
+    torch.manual_seed(options.seed)
+    checkpoints = user_cache() / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
     network = train(
+        network_named(options.network),
         torch.from_numpy(data.images[rows]),
         torch.from_numpy(data.labels[rows]),
-        depth=options.depth,
-        n_epochs=options.epochs,
+        n_steps=options.steps,
         seed=options.seed,
-        checkpoint=options.out.with_suffix(".checkpoint"),
+        checkpoint=checkpoints / f"{out.stem}.pt",
     )
-    recipe = {"depth": options.depth, "images": options.images, "epochs": options.epochs, "seed": options.seed}
-    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, options.out, metadata={"recipe": json.dumps(recipe)})
+    recipe = {name: getattr(options, name) for name in ("network", "sample", "steps", "seed")}
+    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    out.parent.mkdir(exist_ok=True)
+    save_file(tensors, out, metadata={"recipe": json.dumps(recipe)})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from residual_memory.demo.resnet import CifarResNet
+from residual_memory.demo.networks import CifarResNet
 from residual_memory.memory import Memory
 
 

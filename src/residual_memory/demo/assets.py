@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 
 if TYPE_CHECKING:
-    from residual_memory.demo.resnet import CifarResNet
+    from residual_memory.demo.networks import CifarResNet
 
 ASSETS = Path(str(files("residual_memory.demo"))) / "assets"
 SHIPPED_KEYS = ASSETS / "keys-resnet8-50000.npz"
@@ -28,7 +28,7 @@ def shipped_network(name: Trained) -> "CifarResNet":
     """ResNet-8 as trained on the first 45,000 images of the fixed split, or on all 50,000; in eval mode."""
     from safetensors.torch import load_file
 
-    from residual_memory.demo.resnet import CifarResNet, channels_last
+    from residual_memory.demo.networks import CifarResNet, channels_last
 
     network = CifarResNet(8)
     network.load_state_dict(load_file(ASSETS / f"{name}.safetensors"))

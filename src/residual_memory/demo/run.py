@@ -31,7 +31,7 @@ from residual_memory.tuning import TuningResult, tune
 from residual_memory.types import Metric, Observations
 
 if TYPE_CHECKING:
-    from residual_memory.demo.resnet import CifarResNet
+    from residual_memory.demo.networks import CifarResNet
 
 Say = Callable[[str], None]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from residual_memory.demo.resnet import CHANNEL_DEVIATIONS, CHANNEL_MEANS, BasicBlock, CifarResNet, channels_last
+from residual_memory.demo.networks import CHANNEL_DEVIATIONS, CHANNEL_MEANS, BasicBlock, CifarResNet, channels_last
 
 
 def n_parameters(network: nn.Module) -> int:
