@@ -29,8 +29,8 @@ from residual_memory.demo.assets import (
 )
 from residual_memory.demo.cifar100 import Cifar100, find_cifar100, read_cifar100, user_cache
 from residual_memory.demo.images import Images
-from residual_memory.demo.report import roses_figure
 from residual_memory.demo.networks import CifarResNet, channels_last
+from residual_memory.demo.report import roses_figure
 from residual_memory.demo.run import FINE, PLAIN, KeyChoice, Measured, find_roses, measure, tuned_setting
 from residual_memory.evaluation import Setting, evaluate
 from residual_memory.memory import Memory

@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike
 
 from residual_memory.errors import DimensionMismatch, FewerNeighbors, InvalidInput
 from residual_memory.indexes.base import Index, Reject, nearest
+from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import IndexSpec, build_index
-from residual_memory.kernels import kernel_named
+from residual_memory.kernels import KRIGING, kernel_named, kriging_weights
 from residual_memory.memory import Memory, Snapshot
 from residual_memory.types import Neighbors
 from residual_memory.validation import (
@@ -68,10 +69,12 @@ class ResidualKNN:
     n_neighbors : k. With fewer rows all of them are used, and a warning says so.
     bandwidth : sigma, in the unit of the distances; "auto" is the median distance to the k-th neighbour (to the
         first for the inverse kernel, whose bandwidth is a floor) in a sample of the memory, taken once.
-    kernel : "exponential" (the paper's), "gaussian", "inverse" or "uniform".
+    kernel : "exponential" (the paper's), "gaussian", "inverse", "uniform", or "kriging", which also looks at how the
+        neighbours lie to each other: more accurate on finer keys, at k² d more multiplications a query.
     temperature : T of the stored base predictions; temper the queries' predictions alike.
     index : "exact", "auto", or a spec such as "faiss:IVF1024,PQ64x4fs?nprobe=16".
     max_weight : what one row may contribute at most; 1 does not limit it. A cut weight is not given to the others.
+    nugget : of kriging alone: what no neighbour can tell, as a part of the variance.
 
     Raises
     ------
@@ -93,11 +96,14 @@ class ResidualKNN:
         temperature: float = 1.0,
         index: str = "exact",
         max_weight: float = 1.0,
+        nugget: float = 0.1,
     ) -> None:
         self.memory = memory
         self.n_neighbors = as_count("n_neighbors", n_neighbors)
         self.kernel = kernel
-        self._weigh = kernel_named(kernel)
+        if kernel != KRIGING:
+            kernel_named(kernel)
+        self.nugget = as_positive("nugget", nugget)
         self.temperature = as_positive("temperature", temperature)
         _check_temperature(memory, self.temperature)
         self.max_weight = as_fraction("max_weight", max_weight, above_zero=True)
@@ -146,23 +152,23 @@ class ResidualKNN:
         InvalidInput, DimensionMismatch : if the keys do not fit the memory.
         """
         state, found = self._search(keys, self.n_neighbors, exclude)
-        weights = self._weights(found.distances)
+        weights = self._weights(state.snapshot, found)
         return residual_average(state.snapshot, found.rows, weights, self.temperature, state.table)
 
     def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
         """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""
         state, found = self._search(keys, self.n_neighbors, exclude)
-        return label_average(state.snapshot, found.rows, self._weights(found.distances)[:, None, :])[:, 0]
+        return label_average(state.snapshot, found.rows, self._weights(state.snapshot, found)[:, None, :])[:, 0]
 
     def neighbors(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Found:
         """The memories that `__call__` would use, nearest first."""
         state, found = self._search(keys, self.n_neighbors, exclude)
-        return Found(_ids_of(state.snapshot, found.rows), found.distances, self._weights(found.distances))
+        return Found(_ids_of(state.snapshot, found.rows), found.distances, self._weights(state.snapshot, found))
 
     def contributions(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> tuple[Found, Float[ndarray, "q k c"]]:
         """The neighbours and what each adds to the residual; summed over k it is what `__call__` gives."""
         state, found = self._search(keys, self.n_neighbors, exclude)
-        weights = self._weights(found.distances)
+        weights = self._weights(state.snapshot, found)
         parts = weights[..., None] * _gathered(state.snapshot, found.rows, self.temperature, state.table)
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
 
@@ -179,8 +185,9 @@ class ResidualKNN:
         tie_ranks = state.snapshot.tie_ranks
         return state, nearest(state.parts, state.snapshot.keys, queries, k, tie_ranks=tie_ranks, reject=reject)
 
-    def _weights(self, distances: Float[ndarray, "q k"]) -> Float[ndarray, "q k"]:
-        return np.minimum(self._weigh(distances, self.bandwidth), self.max_weight)
+    def _weights(self, snapshot: Snapshot, found: Neighbors) -> Float[ndarray, "q k"]:
+        weights = neighbor_weights(snapshot, found, self.kernel, self.bandwidth, self.nugget)
+        return weights if self.max_weight == 1 else np.clip(weights, -self.max_weight, self.max_weight)
 
     def _current(self) -> _State:
         """The state for the memory's present snapshot, built or extended where needed."""
@@ -220,6 +227,33 @@ class ResidualKNN:
         present = np.where(np.isfinite(found.distances), found.distances, 0.0).max(axis=1)
         typical = float(np.median(present)) or float(present.mean())
         return typical if typical > 0 else 1.0
+
+
+def neighbor_weights(
+    snapshot: Snapshot,
+    found: Neighbors,
+    kernel: str,
+    bandwidth: float,
+    nugget: float,
+    among: Float[ndarray, "q k k"] | None = None,
+) -> Float[ndarray, "q k"]:
+    """What each neighbour counts.
+
+    Parameters
+    ----------
+    found : neighbours of each query, rows of the snapshot.
+    kernel, bandwidth, nugget : as in `ResidualKNN`.
+    among : distances among the neighbours, where they are at hand; only kriging needs them.
+    """
+    if kernel != KRIGING:
+        return kernel_named(kernel)(found.distances, bandwidth)
+    if among is not None:
+        return kriging_weights(found.distances, among, bandwidth, nugget)
+    weights = np.zeros(found.rows.shape)
+    for piece in _pieces(len(found.rows), 8 * found.rows.shape[1] ** 2):
+        among = distances_among(snapshot.keys, found.rows[piece])
+        weights[piece] = kriging_weights(found.distances[piece], among, bandwidth, nugget)
+    return weights
 
 
 def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | float = 1.0) -> Float[ndarray, "q ..."]:

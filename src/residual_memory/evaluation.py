@@ -9,9 +9,15 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import ResidualKNN, correct, label_average, residual_average, to_probabilities
+from residual_memory.correction import (
+    ResidualKNN,
+    correct,
+    label_average,
+    neighbor_weights,
+    residual_average,
+    to_probabilities,
+)
 from residual_memory.errors import DimensionMismatch, InvalidInput
-from residual_memory.kernels import kernel_named
 from residual_memory.memory import Memory
 from residual_memory.metrics import Estimate, bootstrap_interval, correctness, log_losses, mean_interval, squared_errors
 from residual_memory.residuals import tempered
@@ -30,7 +36,7 @@ class Setting:
 
     Attributes
     ----------
-    n_neighbors, bandwidth, kernel, temperature : as in `ResidualKNN`.
+    n_neighbors, bandwidth, kernel, temperature, nugget : as in `ResidualKNN`.
     shrinkage : as in `correct`; 0 is the base alone.
     """
 
@@ -39,6 +45,7 @@ class Setting:
     temperature: float = 1.0
     shrinkage: float = 1.0
     kernel: str = "exponential"
+    nugget: float = 0.1
 
     def knn(self, memory: Memory, *, index: str = "exact", max_weight: float = 1.0) -> ResidualKNN:
         """The regressor with these options."""
@@ -50,6 +57,7 @@ class Setting:
             temperature=self.temperature,
             index=index,
             max_weight=max_weight,
+            nugget=self.nugget,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,14 +203,16 @@ def corrected_predictions(
     knn, alone = setting.knn(memory, index=index), memory_only or setting
     counts = min(setting.n_neighbors, max(len(memory), 1)), min(alone.n_neighbors, max(len(memory), 1))
     snapshot, found = knn.search(keys, max(counts), exclude)
-    weights = kernel_named(setting.kernel)(found.distances[:, : counts[0]], knn.bandwidth)
+    nearest = found.first(counts[0])
+    weights = neighbor_weights(snapshot, nearest, setting.kernel, knn.bandwidth, setting.nugget)
     sigma = alone.bandwidth
     if isinstance(sigma, str):
         sigma = knn.bandwidth if alone == setting else alone.knn(memory, index=index).bandwidth
-    label_weights = kernel_named(alone.kernel)(found.distances[:, : counts[1]], sigma)
+    labelled = found.first(counts[1])
+    label_weights = neighbor_weights(snapshot, labelled, alone.kernel, sigma, alone.nugget)
     base = tempered(predictions, setting.temperature) if setting.shrinkage else predictions
-    residual = residual_average(snapshot, found.rows[:, : counts[0]], weights, setting.temperature)
-    labels = label_average(snapshot, found.rows[:, : counts[1]], label_weights[:, None, :])
+    residual = residual_average(snapshot, nearest.rows, weights, setting.temperature)
+    labels = label_average(snapshot, labelled.rows, label_weights[:, None, :])
     return Predicted(base, labels[:, 0], correct(base, residual, setting.shrinkage))
 
 
@@ -254,8 +264,8 @@ class HeldOut:
     def losses_alone(self, averages: Float[ndarray, "q c"]) -> Float[ndarray, " q"]:
         """Loss of each row by the neighbours' labels alone."""
         if self.metric == "log_loss":
-            uniform = 1 / averages.shape[1]
-            return log_losses((1 - MEMORY_ONLY_MIX) * averages + MEMORY_ONLY_MIX * uniform, self.labels)
+            valid, uniform = to_probabilities(averages), 1 / averages.shape[1]
+            return log_losses((1 - MEMORY_ONLY_MIX) * valid + MEMORY_ONLY_MIX * uniform, self.labels)
         return self.losses(averages, averages)
 
 

@@ -1,7 +1,8 @@
 """From the distances of neighbours to their weights.
 
 A kernel is a function of distances [q, k] and a bandwidth that gives weights [q, k]: non-negative, summing to 1 over
-the neighbours that are there, 0 for missing ones (distance +inf). `KERNELS` names them all.
+the neighbours that are there, 0 for missing ones (distance +inf). `KERNELS` names them all. Kriging weights also need
+the distances among the neighbours, and need not be positive or sum to 1.
 """
 
 from collections.abc import Callable
@@ -90,6 +91,38 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+KRIGING = "kriging"
+WEIGHTINGS = (*KERNELS, KRIGING)
+
+
+def kriging_weights(
+    distances: Float[ndarray, "q k"], among: Float[ndarray, "q k k"], bandwidth: float, nugget: float
+) -> Float[ndarray, "q k"]:
+    """Weights of simple kriging: the best linear guess at a zero-mean field with covariance exp(−distance / bandwidth).
+
+    Neighbours that say the same, because they lie close together, share their weight; far from all neighbours the
+    weights vanish and with them the correction. Weights may be negative and need not sum to 1.
+
+    Parameters
+    ----------
+    distances : Euclidean, from each query to its neighbours; +inf marks a missing one, which gets weight 0.
+    among : distances among the neighbours of each query; +inf where one is missing.
+    bandwidth : the range of the covariance, in the unit of `distances`.
+    nugget : variance of what no neighbour can tell, as a part of the field's own. Large: an unnormalised kernel
+        average. Small: neighbours are believed to the letter.
+
+    References
+    ----------
+    Matheron, "Principles of geostatistics", 1963; Rasmussen and Williams, "Gaussian processes for machine learning",
+    2006, equation 2.25.
+    """
+    covariance = np.exp(-np.asarray(among, np.float64) / bandwidth)
+    places = np.arange(distances.shape[1])
+    covariance[:, places, places] = 1 + nugget
+    towards = np.exp(-np.asarray(distances, np.float64) / bandwidth)
+    return np.linalg.solve(covariance, towards[..., None])[..., 0]
+
+
 def kernel_named(name: str) -> Kernel:
     """Look a kernel up.
 
@@ -98,7 +131,7 @@ def kernel_named(name: str) -> Kernel:
     InvalidInput : if there is none of that name.
     """
     if name not in KERNELS:
-        raise InvalidInput(f"kernel is {name!r}, expected one of {', '.join(map(repr, KERNELS))}")
+        raise InvalidInput(f"kernel is {name!r}, expected one of {', '.join(map(repr, WEIGHTINGS))}")
     return KERNELS[name]
 
 

@@ -1,11 +1,11 @@
-"""Choose k, bandwidth, temperature and shrinkage on held-out rows, from one search.
+"""Choose k, bandwidth, temperature, shrinkage and kernel on held-out rows, from one search.
 
 The neighbours are searched once, at the largest k; after that every setting costs one small matrix product. The figures
 are cross-fitted: each fifth of the rows is measured with the setting that the other four fifths chose.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -13,10 +13,11 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import ResidualKNN, label_average
+from residual_memory.correction import ResidualKNN, label_average, neighbor_weights
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
-from residual_memory.kernels import kernel_named
+from residual_memory.indexes.distances import distances_among
+from residual_memory.kernels import KRIGING
 from residual_memory.memory import Memory, Snapshot
 from residual_memory.residuals import tempered
 from residual_memory.types import Neighbors
@@ -26,6 +27,10 @@ N_NEIGHBORS = (1, 2, 5, 10, 20, 50, 100, 200)
 BANDWIDTHS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 TEMPERATURES = (0.7, 1.0, 1.4, 2.0)
 SHRINKAGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# Kriging looks further and shrinks by itself where neighbours are far, so its range is wider and its shrinkage larger.
+KRIGING_BANDWIDTHS = (0.4, 0.8, 1.6)
+KRIGING_SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+NUGGETS = (0.1, 0.3)
 BLOCK_BYTES = 32 << 20
 
 
@@ -51,10 +56,11 @@ def tune(
     *,
     metric: Metric | None = None,
     n_neighbors: Sequence[int] = N_NEIGHBORS,
-    bandwidths: Sequence[float] = BANDWIDTHS,
+    bandwidths: Sequence[float] | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
-    shrinkages: Sequence[float] = SHRINKAGES,
-    kernel: str = "exponential",
+    shrinkages: Sequence[float] | None = None,
+    nuggets: Sequence[float] = NUGGETS,
+    kernel: str | Sequence[str] = "exponential",
     index: str = "auto",
     groups: ArrayLike | None = None,
     exclude: ArrayLike | None = None,
@@ -70,10 +76,13 @@ def tune(
     metric : what to choose by: "accuracy" or "log_loss" for classification, "rmse" for regression. By log-loss the base
         is measured at its own best temperature, so that the memory gets no credit for calibration alone.
     n_neighbors : values of k to try; those above the number of rows are left out.
-    bandwidths : values of sigma to try, as multiples of the median distance to the k-th neighbour.
+    bandwidths : values of sigma to try, as multiples of the median distance to the k-th neighbour; None tries what is
+        usual for the kernel.
     temperatures : values of T; 1 alone for regression and for top-m memories.
-    shrinkages : values of lambda; 0 is always tried.
-    kernel, index : as in `ResidualKNN`.
+    shrinkages : values of lambda; 0 is always tried. None tries what is usual for the kernel.
+    nuggets : values to try for kriging.
+    kernel : as in `ResidualKNN`, or several of them to choose from.
+    index : as in `ResidualKNN`.
     groups : rows of one group (a document) are never split between choosing and measuring.
     exclude : as in `ResidualKNN.__call__`.
     n_folds : parts of the cross-fitting.
@@ -84,23 +93,31 @@ def tune(
     InvalidInput, DimensionMismatch : if the rows do not fit the memory, or a list is empty.
     """
     rows = HeldOut.checked(memory, keys, labels, predictions, metric, groups)
-    for name, values in {"bandwidths": bandwidths, "temperatures": temperatures}.items():
-        if not len(values):
+    kernels = [kernel] if isinstance(kernel, str) else list(kernel)
+    tried = {"bandwidths": bandwidths, "temperatures": temperatures, "nuggets": nuggets, "kernel": kernels}
+    for name, values in tried.items():
+        if values is not None and not len(values):
             raise InvalidInput(f"{name} is empty, expected at least one value to try")
     temperatures = [as_positive("temperature", value) for value in temperatures]
-    if (negative := min(shrinkages, default=0.0)) < 0:
+    if (negative := min(shrinkages or (), default=0.0)) < 0:
         raise InvalidInput(f"shrinkage is {negative:g}, expected numbers from 0")
     if len(rows.keys) < as_count("n_folds", n_folds):
         raise InvalidInput(f"there are {len(rows.keys)} held-out rows for {n_folds} folds; give more rows")
-    snapshot, found, counts = _search(memory, rows.keys, n_neighbors, kernel, index, exclude)
-    shapes = [
-        Setting(k, scale * _typical(found, k), kernel=kernel)
-        for k, scale in product(counts, [as_positive("bandwidth", value) for value in bandwidths])
-    ]
-    exact_temperatures = memory.layout.task == "regression" or memory.layout.residuals == "top-m"
-    candidates, losses, alone = _losses_of_all(
-        rows, snapshot, found, shapes, (1.0,) if exact_temperatures else temperatures, sorted({0.0, *shrinkages})
-    )
+    snapshot, found, counts = _search(memory, rows.keys, n_neighbors, kernels, index, exclude)
+    if memory.layout.task == "regression" or memory.layout.residuals == "top-m":
+        temperatures = [1.0]
+    shapes, candidates, parts = [], [], []
+    for name in kernels:
+        some = _shapes(name, found, counts, bandwidths, nuggets)
+        amounts = (KRIGING_SHRINKAGES if name == KRIGING else SHRINKAGES) if shrinkages is None else shrinkages
+        amounts = sorted({0.0, *amounts})
+        parts.append(_losses_of_all(rows, snapshot, found, some, temperatures, amounts))
+        shapes += some
+        candidates += [
+            replace(shape, temperature=temperature, shrinkage=amount)
+            for temperature, amount, shape in product(temperatures, amounts, some)
+        ]
+    losses, alone = (np.concatenate(tables) for tables in zip(*parts, strict=True))
     folds = _folds(len(rows.keys), groups, n_folds, seed)
     without = np.array([setting.shrinkage == 0 for setting in candidates])
     measured = summarize(
@@ -119,16 +136,36 @@ def tune(
 
 
 def _search(
-    memory: Memory, keys: ndarray, n_neighbors: Sequence[int], kernel: str, index: str, exclude: ArrayLike | None
+    memory: Memory,
+    keys: ndarray,
+    n_neighbors: Sequence[int],
+    kernels: Sequence[str],
+    index: str,
+    exclude: ArrayLike | None,
 ) -> tuple[Snapshot, Neighbors, list[int]]:
     """The neighbours at the largest k that the memory has rows for, and the values of k that are left."""
     wanted = sorted({as_count("n_neighbors", k) for k in n_neighbors})
     if not wanted:
         raise InvalidInput("n_neighbors is empty, expected at least one value to try")
     counts = [k for k in wanted if k <= len(memory)] or [max(len(memory), 1)]
-    knn = ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, kernel=kernel, index=index)
-    snapshot, found = knn.search(keys, counts[-1], exclude)
+    knns = [ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, kernel=kernel, index=index) for kernel in kernels]
+    snapshot, found = knns[0].search(keys, counts[-1], exclude)
     return snapshot, found, counts
+
+
+def _shapes(
+    kernel: str, found: Neighbors, counts: Sequence[int], bandwidths: Sequence[float] | None, nuggets: Sequence[float]
+) -> list[Setting]:
+    """Every k, bandwidth and (for kriging) nugget."""
+    if bandwidths is None:
+        bandwidths = KRIGING_BANDWIDTHS if kernel == KRIGING else BANDWIDTHS
+    scales = [as_positive("bandwidth", value) for value in bandwidths]
+    if kernel != KRIGING:
+        return [Setting(k, scale * _typical(found, k), kernel=kernel) for k, scale in product(counts, scales)]
+    return [
+        Setting(k, scale * _typical(found, k), kernel=kernel, nugget=as_positive("nugget", nugget))
+        for k, scale, nugget in product(counts, scales, nuggets)
+    ]
 
 
 def _typical(found: Neighbors, k: int) -> float:
@@ -145,21 +182,20 @@ def _losses_of_all(
     shapes: Sequence[Setting],
     temperatures: Sequence[float],
     shrinkages: Sequence[float],
-) -> tuple[list[Setting], Float32[ndarray, "s q"], Float32[ndarray, "r q"]]:
-    """Per-row losses of every setting, and of the labels alone for every k and bandwidth."""
-    candidates = [
-        Setting(shape.n_neighbors, shape.bandwidth, temperature, shrinkage, shape.kernel)
-        for temperature, shrinkage, shape in product(temperatures, shrinkages, shapes)
-    ]
+) -> tuple[Float32[ndarray, "s q"], Float32[ndarray, "r q"]]:
+    """Per-row losses of every setting, and of the labels alone for every shape of the weights.
+
+    Settings are ordered by temperature, then shrinkage, then shape.
+    """
     n, k, n_outputs = len(rows.keys), found.rows.shape[1], rows.predictions.shape[1]
-    losses = np.empty((len(candidates), n), np.float32)
+    losses = np.empty((len(temperatures) * len(shrinkages) * len(shapes), n), np.float32)
     alone = np.empty((len(shapes), n), np.float32)
-    step = max(1, BLOCK_BYTES // (8 * n_outputs * max(k, len(shapes))))
+    step = max(1, BLOCK_BYTES // (8 * max(n_outputs * max(k, len(shapes)), k * k)))
     for start in range(0, n, step):
         here = slice(start, start + step)
         some = HeldOut(rows.metric, rows.keys[here], rows.labels[here], rows.predictions[here])
         listed = Neighbors(found.distances[here], found.rows[here])
-        weights = _weights(listed, shapes)
+        weights = _weights(snapshot, listed, shapes)
         averages = label_average(snapshot, listed.rows, weights)
         for place in range(len(shapes)):
             alone[place, here] = some.losses_alone(averages[:, place])
@@ -172,14 +208,23 @@ def _losses_of_all(
                     scores = base + np.asarray(shrinkage, base.dtype) * corrections[:, shape].astype(base.dtype)
                     losses[place, here] = some.losses(scores, base)
                     place += 1
-    return candidates, losses, alone
+    return losses, alone
 
 
-def _weights(found: Neighbors, shapes: Sequence[Setting]) -> Float[ndarray, "q s k"]:
+def _weights(snapshot: Snapshot, found: Neighbors, shapes: Sequence[Setting]) -> Float[ndarray, "q s k"]:
     weights = np.zeros((len(found.rows), len(shapes), found.rows.shape[1]), np.float32)
+    kriging = any(shape.kernel == KRIGING for shape in shapes)
+    among = distances_among(snapshot.keys, found.rows) if kriging else None
     for place, shape in enumerate(shapes):
         k = shape.n_neighbors
-        weights[:, place, :k] = kernel_named(shape.kernel)(found.distances[:, :k], float(shape.bandwidth))
+        weights[:, place, :k] = neighbor_weights(
+            snapshot,
+            found.first(k),
+            shape.kernel,
+            float(shape.bandwidth),
+            shape.nugget,
+            None if among is None else among[:, :k, :k],
+        )
     return weights
 
 

@@ -46,6 +46,10 @@ class Neighbors:
     distances: Float[ndarray, "q k"]
     rows: Int64[ndarray, "q k"]
 
+    def first(self, k: int) -> "Neighbors":
+        """The k nearest alone."""
+        return Neighbors(self.distances[:, :k], self.rows[:, :k])
+
 
 @dataclass(frozen=True)
 class TopM:

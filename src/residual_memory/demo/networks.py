@@ -110,7 +110,8 @@ class CifarMobileNetV2(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor(CHANNEL_MEANS).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(CHANNEL_DEVIATIONS).view(1, 3, 1, 1))
-        layers, n_in = [_normed(nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.ReLU6())], 32
+        layers: list[nn.Module] = [_normed(nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.ReLU6())]
+        n_in = 32
         for expansion, n_out, n_blocks, stride in self.STAGES:
             for block in range(n_blocks):
                 layers.append(InvertedResidual(n_in, n_out, stride if block == 0 else 1, expansion))
@@ -131,8 +132,12 @@ NETWORKS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56
 
 
 def network_named(name: str) -> CifarNetwork:
-    """A network of the family with fresh weights: "resnet8" … "resnet56", "resnet8-wide" (twice the channels) or
-    "mobilenetv2"."""
+    """A network of the family with fresh weights; "resnet8-wide" has twice the channels.
+
+    Raises
+    ------
+    ValueError : if the family has none of that name.
+    """
     if name not in NETWORKS:
         raise ValueError(f"network is {name!r}, expected one of {', '.join(NETWORKS)}")
     if name == "mobilenetv2":
@@ -143,7 +148,7 @@ def network_named(name: str) -> CifarNetwork:
 
 def channels_last(network: Network) -> Network:
     """The network with its weights laid out for fast convolutions on cores."""
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _stage(n_in: int, n_out: int, stride: int, n_blocks: int) -> nn.Sequential:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 N_NEIGHBORS = (5, 10, 20, 50, 100)
+KRIGING_NEIGHBORS = (100, 200)
 ROSES = 12
 ROSE_NEIGHBORS = 5
 LARGEST_SHARE = 0.5  # of the memories shown; above it a few near-duplicates make the correction
@@ -50,6 +51,8 @@ class KeyChoice:
     ----------
     name : of the choice, in tables.
     layer, side, pool, metric, key_dtype : as in `build_memory`.
+    mirrored : whether the memory also holds every image's mirror image.
+    kernels : to choose from.
     """
 
     name: str
@@ -58,16 +61,30 @@ class KeyChoice:
     pool: int
     metric: Metric
     key_dtype: str = "float32"
+    mirrored: bool = False
+    kernels: tuple[str, ...] = ("exponential",)
 
     @property
     def options(self) -> dict[str, Any]:
         """As arguments of `build_memory`."""
+        from residual_memory.demo.images import mirrored
+
         names = ("layer", "side", "pool", "metric", "key_dtype")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "copies": (mirrored,) if self.mirrored else ()}
 
 
 PLAIN = KeyChoice("plain", "head", "input", 1, "euclidean")
 FINE = KeyChoice("tuned 4x4", "stage3", "output", 4, "cosine", "float16")
+BEST = KeyChoice(
+    "tuned two layers, mirrored, kriging",
+    "stage3.0.conv2@input+stage3@output",
+    "output",
+    4,
+    "cosine",
+    "float16",
+    mirrored=True,
+    kernels=("kriging",),
+)
 
 
 @dataclass(frozen=True)
@@ -218,8 +235,15 @@ def tuned_setting(network: "CifarResNet", train: Cifar100, choice: KeyChoice, *,
     fitted, held_out = held_out_split(len(train))
     memory = build_memory(network, Images(train, fitted), None, **choice.options, verbose=progress)
     seen = observe(network, Images(train, held_out), memory, verbose=progress)
-    shrinkages = {"shrinkages": (1.0,)} if choice is PLAIN else {}
-    return tune(memory, seen.keys, seen.labels, seen.predictions, n_neighbors=N_NEIGHBORS, **shrinkages)  # type: ignore[arg-type]
+    return tune(
+        memory,
+        seen.keys,
+        seen.labels,
+        seen.predictions,
+        n_neighbors=KRIGING_NEIGHBORS if choice.kernels == ("kriging",) else N_NEIGHBORS,
+        shrinkages=(1.0,) if choice is PLAIN else None,
+        kernel=choice.kernels,
+    )
 
 
 def measure(

@@ -56,6 +56,30 @@ def pair_distances(
     return distances
 
 
+def distances_among(keys: KeySource, rows: Int64[ndarray, "q k"]) -> Float[ndarray, "q k k"]:
+    """Euclidean distances among the rows of each query; +inf where a row is −1.
+
+    Inner products relative to the first row of each query, in float32, or in float64 where the keys are stored so:
+    good to rounding for neighbours, which lie close together.
+    """
+    dtype = precision_of(keys)
+    among = np.empty((*rows.shape, rows.shape[1]), dtype)
+    if not len(keys):
+        among.fill(np.inf)
+        return among
+    for piece in _pieces(rows.shape, keys.width):
+        gathered = keys.take(np.maximum(rows[piece], 0)).astype(dtype)
+        gathered -= gathered[:, :1].copy()
+        squares = np.einsum("qkd,qkd->qk", gathered, gathered)
+        products = gathered @ gathered.transpose(0, 2, 1)
+        squared = squares[:, :, None] + squares[:, None, :] - 2 * products
+        among[piece] = np.sqrt(np.maximum(squared, 0))
+    places = np.arange(rows.shape[1])
+    among[:, places, places] = 0
+    among[(rows < 0)[:, :, None] | (rows < 0)[:, None, :]] = np.inf
+    return among
+
+
 def precision_of(keys: KeySource) -> np.dtype:
     """The type in which distances to these keys are computed: float64 for float64 keys, float32 for all others."""
     return np.dtype(np.float64 if keys.dtype == np.float64 else np.float32)

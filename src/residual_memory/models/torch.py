@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
@@ -54,6 +54,7 @@ def build_memory(
     side: Side = "input",
     pool: int = 1,
     predictions: ArrayLike | None = None,
+    copies: Sequence[Callable[[Any], Any]] = (),
     held_out: "Dataset[Any] | None" = None,
     task: Task | None = None,
     outputs: Outputs = "logits",
@@ -79,12 +80,16 @@ def build_memory(
     dataset : items (x, y), the same whenever they are read: no random augmentation. Rows get their index as id.
     path : directory of the memory; None keeps it in RAM.
     layer : dotted name of the module whose `side` gives the keys, or a function from the batch's inputs to keys [b d].
-        None takes the input of the last Linear that runs, and says so.
+        Names joined by "+" give keys side by side, each part scaled to length 1; "name@input" and "name@output" say
+        their own side. None takes the input of the last Linear that runs, and says so.
     side : "input" or "output" of the layer.
     pool : cells a side to which feature maps [b c h w] are averaged: 1 gives c numbers, 2 gives 4 c, … Sequences
         [b t d] are averaged over t.
     predictions : out-of-fold predictions [n c] (probabilities, or values) to keep in place of the model's own: right
         when the model knows its training data much better than other data.
+    copies : functions from an item's x to another view of it, such as its mirror image: every item is also stored as
+        each of them sees it. With n items, copy j of item i has id i + j n; all are of group i, so that
+        ``exclude=i`` leaves all of them out. A copy costs as much as a row.
     held_out : data that the model was not trained on; a sample of it tells whether the residuals mean anything.
     task : None reads it off: integer labels and several outputs are a classification.
     outputs : what the model gives for a classification.
@@ -110,8 +115,8 @@ def build_memory(
     ----------
     Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
     """
-    n_rows, batch_size = len(dataset), as_count("batch_size", batch_size)  # type: ignore[arg-type]
-    if n_rows == 0:
+    n_items, batch_size = len(dataset), as_count("batch_size", batch_size)  # type: ignore[arg-type]
+    if n_items == 0:
         raise InvalidInput("the data set is empty: there is nothing to memorize")
     first = _first_item(dataset)
     collate = collate_fn or torch.utils.data.default_collate
@@ -120,8 +125,9 @@ def build_memory(
     chosen_task = watch.task
     if verbose:
         print(f"keys: {watch.side} of {watch.layer_name!r}, {probe.keys.shape[1]} numbers", file=sys.stderr)
-    source = watch.source({"n_rows": n_rows, "first_item": _digest_of_item(first)})
-    own = _out_of_fold(predictions, chosen_task, n_rows)
+    known = {"n_rows": n_items, "first_item": _digest_of_item(first)}
+    source = watch.source({**known, "copies": [_name_of(copy) for copy in copies]} if copies else known)
+    own = _out_of_fold(predictions, chosen_task, n_items)
     width = probe.predictions.shape[1] if own is None else own.shape[1]  # type: ignore[union-attr]
     memory = _opened(
         path,
@@ -134,10 +140,11 @@ def build_memory(
         key_dtype=key_dtype,
         prediction_dtype=prediction_dtype,
     )
+    rows = _WithCopies(dataset, copies) if copies else dataset
     if Source.from_dict(memory.source or {}).complete:
         return memory
     try:
-        losses = _build(memory, watch, dataset, own, batch_size, num_workers, collate, verbose)
+        losses = _build(memory, watch, rows, n_items, own, batch_size, num_workers, collate, verbose)
         memory.save_source(replace(source, complete=True).to_dict())
     except BaseException:
         memory.close()  # another call may go on where this one stopped
@@ -151,6 +158,7 @@ def _build(
     memory: Memory,
     watch: "Watch",
     dataset: "Dataset[Any]",
+    n_items: int,
     own: Float[ndarray, "n c"] | None,
     batch_size: int,
     num_workers: int,
@@ -167,10 +175,10 @@ def _build(
         for seen in _observed(watch, dataset, missing, batch_size, num_workers, collate):
             as_labels(seen.labels, layout.task, layout.n_outputs, len(seen))
             if own is not None:
-                seen = replace(seen, predictions=own[seen.ids])
+                seen = replace(seen, predictions=own[seen.ids % n_items])
             else:
                 losses.append(_losses(seen, layout.task))
-            builder.add(seen)
+            builder.add(seen if n_rows == n_items else replace(seen, groups=seen.ids % n_items))
             advance(len(seen))
     return np.concatenate(losses)
 
@@ -243,7 +251,7 @@ class Watch:
         self.model, self.side, self.pool = model, side, as_count("pool", pool)
         self._layer, self._outputs, self._task, self._autocast = layer, outputs, task, autocast
         if isinstance(layer, str):
-            _module_named(model, layer)
+            _places(model, layer, side)
 
     @property
     def task(self) -> Task:
@@ -255,9 +263,7 @@ class Watch:
     @property
     def layer_name(self) -> str:
         """Dotted name of the layer, or the name of the function that gives keys."""
-        if callable(self._layer):
-            return f"{self._layer.__module__}:{getattr(self._layer, '__qualname__', type(self._layer).__qualname__)}"
-        return self._layer or ""
+        return _name_of(self._layer) if callable(self._layer) else self._layer or ""
 
     def source(self, data: Mapping[str, Any]) -> Source:
         """The fingerprint of model and layer, with what is known of the data."""
@@ -282,9 +288,9 @@ class Watch:
             with _evaluating(self.model), torch.inference_mode():
                 keys = self._layer(_moved(inputs, _device(self.model)))
         else:
-            with _captured(_module_named(self.model, self._layer), self.side) as caught:
+            with _watching(self.model, self._layer, self.side) as seen:
                 raw = self._forward(inputs)
-            keys = _only(caught, self._layer)
+            return _tensor_of(raw), seen(self.pool)
         return _tensor_of(raw), pooled(keys, self.pool)
 
     def predictions(self, raw: Tensor) -> Tensor:
@@ -375,9 +381,9 @@ class Exportable(nn.Module):
         self.model, self._layer, self._side, self._pool = copy.deepcopy(model).eval(), layer, side, pool
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with _captured(_module_named(self.model, self._layer), self._side) as caught:
+        with _watching(self.model, self._layer, self._side) as seen:
             raw = self.model(*inputs)
-        return _tensor_of(raw), pooled(_only(caught, self._layer), self._pool)
+        return _tensor_of(raw), seen(self._pool)
 
 
 def exportable(model: nn.Module, memory: Memory) -> Exportable:
@@ -473,6 +479,52 @@ def _observed(
         seen = watch.observe(*_inputs_and_labels(batch))
         yield replace(seen, ids=rows[start : start + len(seen)])
         start += len(seen)
+
+
+class _WithCopies(Dataset[Any]):
+    """The items of a data set, then all of them as the first function sees them, then as the second does, …"""
+
+    def __init__(self, dataset: "Dataset[Any]", copies: Sequence[Callable[[Any], Any]]) -> None:
+        self._dataset, self._copies = dataset, copies
+
+    def __len__(self) -> int:
+        return len(self._dataset) * (1 + len(self._copies))  # type: ignore[arg-type]
+
+    def __getitem__(self, item: int) -> tuple[Any, Any]:
+        copy, original = divmod(item, len(self._dataset))  # type: ignore[arg-type]
+        x, y = self._dataset[original]
+        return (self._copies[copy - 1](x) if copy else x), y
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _places(model: nn.Module, layer: str, side: Side) -> list[tuple[str, nn.Module, Side]]:
+    """Name, module and side of each part of a layer's name."""
+    places = []
+    for part in layer.split("+"):
+        name, _, own = part.strip().partition("@")
+        if own and own not in get_args(Side):
+            raise InvalidInput(f"{part.strip()!r} ends in {own!r}, expected 'input' or 'output' after the @")
+        chosen: Side = "input" if (own or side) == "input" else "output"
+        places.append((name, _module_named(model, name), chosen))
+    return places
+
+
+@contextmanager
+def _watching(model: nn.Module, layer: str, side: Side) -> Iterator[Callable[[int], Tensor]]:
+    """Watch every part of a layer's name while the context lasts; the function given turns what passed into keys."""
+    with ExitStack() as stack:
+        caught = [
+            (name, stack.enter_context(_captured(module, own))) for name, module, own in _places(model, layer, side)
+        ]
+
+        def keys(pool: int) -> Float[Tensor, "b d"]:
+            parts = [pooled(_only(passed, name), pool) for name, passed in caught]
+            return parts[0] if len(parts) == 1 else torch.cat([functional.normalize(part, dim=1) for part in parts], 1)
+
+        yield keys
 
 
 @contextmanager
