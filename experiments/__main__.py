@@ -3,7 +3,10 @@
 import argparse
 import importlib
 
-RECIPES = {"cifar100-resnet8": "experiments.cifar100.resnet8"}
+RECIPES = {
+    "cifar100-resnet8": "experiments.cifar100.resnet8",
+    "linear-regression": "experiments.linear_regression",
+}
 
 
 def main() -> None:
