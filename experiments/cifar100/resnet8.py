@@ -31,10 +31,11 @@ from residual_memory.demo.cifar100 import Cifar100, find_cifar100, read_cifar100
 from residual_memory.demo.images import Images
 from residual_memory.demo.networks import CifarResNet, channels_last
 from residual_memory.demo.report import roses_figure
-from residual_memory.demo.run import FINE, PLAIN, KeyChoice, Measured, find_roses, measure, tuned_setting
+from residual_memory.demo.run import FINE, PLAIN, Measured, find_roses, measure, tuned_setting
 from residual_memory.evaluation import Setting, evaluate
 from residual_memory.memory import Memory
 from residual_memory.metrics import correctness, mean_interval
+from residual_memory.models.base import KeyChoice
 from residual_memory.models.torch import build_memory, observe
 from residual_memory.tuning import TuningResult
 from residual_memory.types import Observations

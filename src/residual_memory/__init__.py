@@ -16,10 +16,20 @@ if TYPE_CHECKING:
     from residual_memory.correction import ResidualKNN, correct, to_probabilities
     from residual_memory.evaluation import Evaluation, Setting, evaluate
     from residual_memory.explanation import Explanation, explain
+    from residual_memory.gate import Gate
     from residual_memory.memory import Memory
-    from residual_memory.models.torch import ResMemModule, build_memory, exportable, observe
+    from residual_memory.models.base import KeyChoice
+    from residual_memory.models.torch import (
+        ChosenKeys,
+        ResMemModule,
+        build_memory,
+        choose_keys,
+        exportable,
+        key_choices,
+        observe,
+    )
     from residual_memory.residuals import temper, top_m
-    from residual_memory.tuning import TuningResult, tune
+    from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
 
 _ROOMS = {
@@ -28,9 +38,14 @@ _ROOMS = {
     "to_probabilities": "correction",
     "Explanation": "explanation",
     "explain": "explanation",
+    "Gate": "gate",
+    "KeyChoice": "models.base",
     "Memory": "memory",
+    "ChosenKeys": "models.torch",
     "ResMemModule": "models.torch",
     "build_memory": "models.torch",
+    "choose_keys": "models.torch",
+    "key_choices": "models.torch",
     "exportable": "models.torch",
     "observe": "models.torch",
     "temper": "residuals",
@@ -40,14 +55,18 @@ _ROOMS = {
     "evaluate": "evaluation",
     "TuningResult": "tuning",
     "tune": "tuning",
+    "tune_gate": "tuning",
     "Neighbors": "types",
     "Observations": "types",
     "TopM": "types",
 }
 
 __all__ = [
+    "ChosenKeys",
     "Evaluation",
     "Explanation",
+    "Gate",
+    "KeyChoice",
     "Memory",
     "Neighbors",
     "Observations",
@@ -58,16 +77,19 @@ __all__ = [
     "TuningResult",
     "__version__",
     "build_memory",
+    "choose_keys",
     "correct",
     "errors",
     "evaluate",
     "explain",
     "exportable",
+    "key_choices",
     "observe",
     "temper",
     "to_probabilities",
     "top_m",
     "tune",
+    "tune_gate",
 ]
 
 

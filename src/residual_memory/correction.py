@@ -151,9 +151,15 @@ class ResidualKNN:
         ------
         InvalidInput, DimensionMismatch : if the keys do not fit the memory.
         """
+        return self.look_up(keys, exclude)[0]
+
+    def look_up(
+        self, keys: ArrayLike, exclude: ArrayLike | None = None
+    ) -> tuple[Float[ndarray, "q c"], Float[ndarray, " q"]]:
+        """What `__call__` gives, and the distance to the k-th neighbour: +inf where there are fewer."""
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(state.snapshot, found)
-        return residual_average(state.snapshot, found.rows, weights, self.temperature, state.table)
+        return residual_average(state.snapshot, found.rows, weights, self.temperature, state.table), found.farthest
 
     def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
         """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""

@@ -18,6 +18,7 @@ from residual_memory.correction import (
     to_probabilities,
 )
 from residual_memory.errors import DimensionMismatch, InvalidInput
+from residual_memory.gate import Gate
 from residual_memory.memory import Memory
 from residual_memory.metrics import Estimate, bootstrap_interval, correctness, log_losses, mean_interval, squared_errors
 from residual_memory.residuals import tempered
@@ -38,6 +39,7 @@ class Setting:
     ----------
     n_neighbors, bandwidth, kernel, temperature, nugget : as in `ResidualKNN`.
     shrinkage : as in `correct`; 0 is the base alone.
+    gate : in place of the shrinkage, a trust that depends on the query, and calibrated probabilities.
     """
 
     n_neighbors: int = 50
@@ -46,6 +48,7 @@ class Setting:
     shrinkage: float = 1.0
     kernel: str = "exponential"
     nugget: float = 0.1
+    gate: Gate | None = None
 
     def knn(self, memory: Memory, *, index: str = "exact", max_weight: float = 1.0) -> ResidualKNN:
         """The regressor with these options."""
@@ -60,6 +63,44 @@ class Setting:
             nugget=self.nugget,
         )
 
+    def predict(self, knn: ResidualKNN, keys: ArrayLike, predictions: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
+        """Corrected probabilities, valid ones, or corrected values.
+
+        Parameters
+        ----------
+        knn : from `Setting.knn`.
+        keys : queries [q d].
+        predictions : base probabilities at temperature 1, or values; given back bit for bit where shrinkage is 0.
+        """
+        if not self.shrinkage:
+            return predictions
+        residual, farthest = knn.look_up(keys)
+        base, scores = self.corrected(predictions, residual, farthest, knn.memory.layout.task)
+        if self.gate is not None or knn.memory.layout.task == "regression":
+            return scores
+        return to_probabilities(scores, base)
+
+    def corrected(
+        self,
+        predictions: Float[ndarray, "q c"],
+        residual: Float[ndarray, "q c"],
+        farthest: Float[ndarray, " q"],
+        task: Task,
+    ) -> tuple[Float[ndarray, "q c"], Float[ndarray, "q c"]]:
+        """The base that is corrected, and the corrected scores: valid probabilities where there is a gate.
+
+        Parameters
+        ----------
+        predictions : base probabilities at temperature 1, or values.
+        residual, farthest : from `ResidualKNN.look_up`.
+        """
+        if not self.shrinkage:
+            return predictions, predictions
+        if self.gate is not None:
+            return predictions, self.gate(predictions, residual, farthest)
+        base = tempered(predictions, self.temperature) if task == "classification" else predictions
+        return base, correct(base, residual, self.shrinkage)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `Memory.save_setting` and result files."""
         return asdict(self)
@@ -73,13 +114,14 @@ class Setting:
         InvalidInput : if a name is not an attribute of a setting.
         """
         try:
-            return Setting(**values)
+            setting = Setting(**values)
         except TypeError as error:
             raise InvalidInput(f"a setting has {', '.join(asdict(Setting()))}: {error}") from None
+        return replace(setting, gate=Gate.from_dict(values["gate"])) if values.get("gate") else setting
 
     def without_memory(self) -> "Setting":
         """The base alone, at the temperature that it was trained with."""
-        return replace(self, shrinkage=0.0, temperature=1.0)
+        return replace(self, shrinkage=0.0, temperature=1.0, gate=None)
 
 
 @dataclass(frozen=True)
@@ -168,7 +210,7 @@ def evaluate(
         rows.metric,
         base=rows.losses(rows.predictions, rows.predictions),
         memory_only=rows.losses_alone(said.memory_only),
-        corrected=rows.losses(said.corrected, said.base),
+        corrected=rows.losses(said.corrected, said.support),
         groups=groups,
     )
 
@@ -181,12 +223,19 @@ class Predicted:
     ----------
     base : predictions at the setting's temperature.
     memory_only : the neighbours' labels alone.
-    corrected : scores; `to_probabilities(corrected, base)` makes them valid.
+    corrected : scores; `to_probabilities(corrected, support)` makes them valid.
+    gated : whether a gate made them valid already.
     """
 
     base: Float[ndarray, "q c"]
     memory_only: Float[ndarray, "q c"]
     corrected: Float[ndarray, "q c"]
+    gated: bool = False
+
+    @property
+    def support(self) -> Float[ndarray, "q c"]:
+        """What no corrected probability may fall far below: the base, or what a gate says."""
+        return self.corrected if self.gated else self.base
 
 
 def corrected_predictions(
@@ -210,10 +259,10 @@ def corrected_predictions(
         sigma = knn.bandwidth if alone == setting else alone.knn(memory, index=index).bandwidth
     labelled = found.first(counts[1])
     label_weights = neighbor_weights(snapshot, labelled, alone.kernel, sigma, alone.nugget)
-    base = tempered(predictions, setting.temperature) if setting.shrinkage else predictions
     residual = residual_average(snapshot, nearest.rows, weights, setting.temperature)
     labels = label_average(snapshot, labelled.rows, label_weights[:, None, :])
-    return Predicted(base, labels[:, 0], correct(base, residual, setting.shrinkage))
+    base, corrected = setting.corrected(predictions, residual, nearest.farthest, memory.layout.task)
+    return Predicted(base, labels[:, 0], corrected, gated=setting.gate is not None)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from numpy.typing import ArrayLike
 from residual_memory.correction import ResidualKNN, label_average, neighbor_weights
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
+from residual_memory.gate import fit_gate
 from residual_memory.indexes.distances import distances_among
 from residual_memory.kernels import KRIGING
 from residual_memory.memory import Memory, Snapshot
+from residual_memory.metrics import log_losses
 from residual_memory.residuals import tempered
 from residual_memory.types import Neighbors
 from residual_memory.validation import as_count, as_positive
@@ -133,6 +135,80 @@ def tune(
         best=best if measured.helps else best.without_memory(),
         best_memory_only=shapes[int(alone.mean(axis=1).argmin())],
     )
+
+
+def tune_gate(
+    memory: Memory,
+    keys: ArrayLike,
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    setting: Setting,
+    *,
+    metric: Metric | None = None,
+    index: str = "auto",
+    groups: ArrayLike | None = None,
+    exclude: ArrayLike | None = None,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> TuningResult:
+    """Fit a gate to a setting on held-out rows, and measure it by cross-fitting.
+
+    The base that it is compared with is at its own best temperature by log-loss. Where the setting was chosen on the
+    same rows, the figures are a little too good by that choice; those of other rows are not.
+
+    Parameters
+    ----------
+    memory, keys, labels, predictions, metric, index, groups, exclude, n_folds, seed : as in `tune`; classification.
+    setting : to put the gate on.
+
+    Returns
+    -------
+    `best` is the setting with the gate fitted on all rows; without the memory where that does not help.
+
+    Raises
+    ------
+    InvalidInput, DimensionMismatch : if the rows do not fit the memory, or it is of a regression.
+    """
+    rows = HeldOut.checked(memory, keys, labels, predictions, metric, groups)
+    if memory.layout.task == "regression":
+        raise InvalidInput("the memory is of a regression, but a gate makes probabilities of a classification")
+    knn = setting.knn(memory, index=index)
+    residual, farthest = knn.look_up(rows.keys, exclude)
+    folds = _folds(len(rows.keys), groups, n_folds, seed)
+    gated, base = np.empty(residual.shape), np.empty(residual.shape)
+    for fold in np.unique(folds):
+        inside = folds == fold
+        fitted = fit_gate(rows.predictions[~inside], residual[~inside], farthest[~inside], rows.labels[~inside])
+        gated[inside] = fitted(rows.predictions[inside], residual[inside], farthest[inside])
+        calm = best_temperature(rows.predictions[~inside], rows.labels[~inside])
+        base[inside] = tempered(rows.predictions[inside], calm)
+    measured = summarize(
+        rows.metric,
+        base=rows.losses(base, base),
+        memory_only=rows.losses_alone(knn.memory_only(rows.keys, exclude)),
+        corrected=rows.losses(gated, gated),
+        groups=groups,
+    )
+    best = replace(setting, gate=fit_gate(rows.predictions, residual, farthest, rows.labels))
+    return TuningResult(
+        **vars(measured), best=best if measured.helps else setting.without_memory(), best_memory_only=setting
+    )
+
+
+def best_temperature(predictions: Float[ndarray, "q c"], labels: Shaped[ndarray, " q"]) -> float:
+    """The temperature at which these predictions have the least log-loss, to 1 %.
+
+    References
+    ----------
+    Guo et al., "On calibration of modern neural networks", ICML 2017.
+    """
+    low, high = np.log(0.2), np.log(5.0)
+    ratio = (np.sqrt(5) - 1) / 2
+    while high - low > 0.01:  # golden section: the log-loss has one minimum
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        losses = [log_losses(tempered(predictions, float(np.exp(place))), labels).mean() for place in (left, right)]
+        low, high = (low, right) if losses[0] < losses[1] else (left, high)
+    return float(np.exp((low + high) / 2))
 
 
 def _search(

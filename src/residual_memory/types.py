@@ -50,6 +50,11 @@ class Neighbors:
         """The k nearest alone."""
         return Neighbors(self.distances[:, :k], self.rows[:, :k])
 
+    @property
+    def farthest(self) -> Float[ndarray, " q"]:
+        """Distance to the last of them; +inf where there are fewer."""
+        return self.distances[:, -1]
+
 
 @dataclass(frozen=True)
 class TopM:

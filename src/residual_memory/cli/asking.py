@@ -19,7 +19,7 @@ from residual_memory.cli.data import Block, Reading, Rows, open_rows
 from residual_memory.cli.measuring import saved_setting
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs
 from residual_memory.cli.output import report, shown, table
-from residual_memory.correction import ResidualKNN, correct, to_probabilities
+from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import Explanation
@@ -99,13 +99,8 @@ class _Answer:
 
 
 def _answered(block: Block, knn: ResidualKNN, setting: Setting) -> _Answer:
-    layout = knn.memory.layout
     said = block.predictions.astype(np.float32) if block.predictions.dtype == np.float16 else block.predictions
-    if not setting.shrinkage:
-        return _Answer(block.row_ids, said, said)
-    base = tempered(said, setting.temperature) if layout.task == "classification" else said
-    scores = correct(base, knn(block.keys), setting.shrinkage)
-    return _Answer(block.row_ids, said, to_probabilities(scores, base) if layout.task == "classification" else scores)
+    return _Answer(block.row_ids, said, setting.predict(knn, block.keys, said))
 
 
 def class_label(memory: Memory, label: int) -> str:

@@ -44,6 +44,13 @@ def tune(
     model: Model = None,
     outputs: Outputs = "logits",
     metric: MetricOption = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", metavar="KERNEL", help="exponential (the paper's), kriging, …; again to try several."),
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Fit a trust by query, and calibrated probabilities.")
+    ] = False,
     index: Index = "auto",
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the setting with the memory.")] = True,
     batch_size: BatchSize = options.MODEL_BATCH,
@@ -58,9 +65,10 @@ def tune(
         wanted = _metric(metric, memory)
         options.check_index(index, memory.layout.dim)
         rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
-        result = tuning.tune(
-            memory, rows.keys, rows.labels, rows.predictions, metric=wanted, index=index, groups=rows.groups
-        )
+        seen = (memory, rows.keys, rows.labels, rows.predictions)
+        result = tuning.tune(*seen, metric=wanted, kernel=kernel or "exponential", index=index, groups=rows.groups)
+        if gate and result.best.shrinkage:
+            result = tuning.tune_gate(*seen, result.best, metric=wanted, index=index, groups=rows.groups)
         if save:
             memory.save_setting(result.best.to_dict())
         kept = f"saved with {path}" if save else "not saved"
@@ -189,7 +197,7 @@ def _setting_line(setting: Setting) -> str:
     sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
     return (
         f"setting: k {setting.n_neighbors}, bandwidth {sigma}, temperature {setting.temperature:g}, "
-        f"shrinkage {setting.shrinkage:g}"
+        f"shrinkage {setting.shrinkage:g}, kernel {setting.kernel}{', gated' if setting.gate else ''}"
     )
 
 

@@ -29,8 +29,3 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         row = self._rows[item]
         return torch.from_numpy(self._data.images[row]).float().div_(255), int(self._data.labels[row])
-
-
-def mirrored(image: Tensor) -> Tensor:
-    """The image with left and right exchanged."""
-    return image.flip(-1)

@@ -69,7 +69,7 @@ def class_gains(result: "DemoResult") -> "Figure":
 def reliability(result: "DemoResult") -> "Figure":
     """Reliability of base and corrected probabilities of the last key choice."""
     last = result.rows[-1]
-    methods = {"base": last.said.base, "corrected": to_probabilities(last.said.corrected, last.said.base)}
+    methods = {"base": last.said.base, "corrected": to_probabilities(last.said.corrected, last.said.support)}
     return figures.reliability(
         {name: calibration_bins(probabilities, result.labels) for name, probabilities in methods.items()},
         {name: calibration_error(probabilities, result.labels) for name, probabilities in methods.items()},

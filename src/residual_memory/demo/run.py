@@ -26,9 +26,10 @@ from residual_memory.demo.cifar100 import (
 from residual_memory.errors import DataNotFound
 from residual_memory.evaluation import Evaluation, HeldOut, Predicted, Setting, corrected_predictions, summarize
 from residual_memory.memory import Memory
+from residual_memory.models.base import KeyChoice
 from residual_memory.progress import progress_bar
 from residual_memory.tuning import TuningResult, tune
-from residual_memory.types import Metric, Observations
+from residual_memory.types import Observations
 
 if TYPE_CHECKING:
     from residual_memory.demo.networks import CifarResNet
@@ -43,34 +44,9 @@ LARGEST_SHARE = 0.5  # of the memories shown; above it a few near-duplicates mak
 FAMOUS = (("rose", "poppy"), ("cup", "plate"), ("squirrel", "rabbit"))  # the paper's own: true class, base's answer
 
 
-@dataclass(frozen=True)
-class KeyChoice:
-    """Where the keys of a memory come from.
-
-    Attributes
-    ----------
-    name : of the choice, in tables.
-    layer, side, pool, metric, key_dtype : as in `build_memory`.
-    mirrored : whether the memory also holds every image's mirror image.
-    kernels : to choose from.
-    """
-
-    name: str
-    layer: str
-    side: str
-    pool: int
-    metric: Metric
-    key_dtype: str = "float32"
-    mirrored: bool = False
-    kernels: tuple[str, ...] = ("exponential",)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As arguments of `build_memory`."""
-        from residual_memory.demo.images import mirrored
-
-        names = ("layer", "side", "pool", "metric", "key_dtype")
-        return {**{name: getattr(self, name) for name in names}, "copies": (mirrored,) if self.mirrored else ()}
+def mirrored(image: Any) -> Any:
+    """An image tensor with left and right exchanged."""
+    return image.flip(-1)
 
 
 PLAIN = KeyChoice("plain", "head", "input", 1, "euclidean")
@@ -78,11 +54,10 @@ FINE = KeyChoice("tuned 4x4", "stage3", "output", 4, "cosine", "float16")
 BEST = KeyChoice(
     "tuned two layers, mirrored, kriging",
     "stage3.0.conv2@input+stage3@output",
-    "output",
-    4,
-    "cosine",
-    "float16",
-    mirrored=True,
+    pool=4,
+    metric="cosine",
+    key_dtype="float16",
+    copies=(mirrored,),
     kernels=("kriging",),
 )
 
@@ -256,7 +231,7 @@ def measure(
         "accuracy",
         base=rows.losses(rows.predictions, said.base),
         memory_only=rows.losses(said.memory_only, said.base),
-        corrected=rows.losses(said.corrected, said.base),
+        corrected=rows.losses(said.corrected, said.support),
     )
     return Measured(name, setting, evaluation, said, memory.path)
 

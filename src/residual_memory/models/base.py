@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -12,9 +12,37 @@ import numpy as np
 from residual_memory.errors import FingerprintMismatch, InSampleResiduals
 from residual_memory.memory import Memory
 from residual_memory.memory.memory import SEGMENT_BYTES
-from residual_memory.types import Observations, TopM
+from residual_memory.types import Metric, Observations, TopM
 
 Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class KeyChoice:
+    """Where the keys of a memory come from, and which weightings of the neighbours to choose from.
+
+    Attributes
+    ----------
+    name : of the choice, in tables.
+    layer, side, pool, metric, key_dtype, copies : as in `build_memory`.
+    kernels : as in `tune`.
+    """
+
+    name: str
+    layer: str | None = None
+    side: Side = "input"
+    pool: int = 1
+    metric: Metric = "euclidean"
+    key_dtype: str = "float32"
+    copies: tuple[Callable[[Any], Any], ...] = ()
+    kernels: tuple[str, ...] = ("exponential",)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As arguments of `build_memory`."""
+        names = ("layer", "side", "pool", "metric", "key_dtype", "copies")
+        return {name: getattr(self, name) for name in names}
+
 
 COMMIT_SECONDS = 30.0  # an interrupted build loses no more than this
 

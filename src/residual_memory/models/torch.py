@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -17,15 +17,15 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import correct, to_probabilities
 from residual_memory.errors import DimensionMismatch, InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import Explanation, explain
 from residual_memory.memory import Memory
 from residual_memory.memory.format import MANIFEST
-from residual_memory.models.base import Builder, Side, Source, warn_if_in_sample
+from residual_memory.models.base import Builder, KeyChoice, Side, Source, warn_if_in_sample
 from residual_memory.progress import progress_bar
 from residual_memory.residuals import temper
+from residual_memory.tuning import TuningResult, tune
 from residual_memory.types import Metric, Observations, Task
 from residual_memory.validation import as_count, as_labels, as_predictions
 
@@ -183,6 +183,96 @@ def _build(
     return np.concatenate(losses)
 
 
+@dataclass(frozen=True)
+class ChosenKeys:
+    """Which keys gained most on held-out rows.
+
+    Attributes
+    ----------
+    best : the choice with the largest cross-fitted gain.
+    results : what tuning found for each choice, by its name; `results[best.name].best` is the setting to use.
+    """
+
+    best: KeyChoice
+    results: dict[str, TuningResult]
+
+
+def choose_keys(
+    model: nn.Module,
+    dataset: "Dataset[Any]",
+    held_out: "Dataset[Any]",
+    choices: Sequence[KeyChoice] | None = None,
+    *,
+    outputs: Outputs = "logits",
+    batch_size: int = 256,
+    autocast: "torch.dtype | None" = None,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    verbose: bool = True,
+    **tuning: Any,
+) -> ChosenKeys:
+    """Try several kinds of keys and keep the one that gains most on held-out rows.
+
+    A memory is built in RAM for each choice, tuned, and dropped.
+
+    Parameters
+    ----------
+    model, outputs, batch_size, autocast, num_workers, collate_fn, verbose : as in `build_memory`.
+    dataset : what the memories hold; a part of the training data tells the choices apart as well.
+    held_out : rows that neither the model nor the memories have seen.
+    choices : None tries those of `key_choices`.
+    tuning : further arguments of `tune`.
+
+    Raises
+    ------
+    InvalidInput : if a choice names a layer that is not there, or the rows do not fit.
+    """
+    reading: dict[str, Any] = {
+        "outputs": outputs,
+        "batch_size": batch_size,
+        "autocast": autocast,
+        "num_workers": num_workers,
+        "collate_fn": collate_fn,
+        "verbose": verbose,
+    }
+    if choices is None:
+        collate = collate_fn or torch.utils.data.default_collate
+        choices = key_choices(model, _inputs_and_labels(collate([dataset[0]]))[0])
+    if not choices:
+        raise InvalidInput("choices is empty, expected at least one kind of keys to try")
+    results = {}
+    for choice in choices:
+        memory = build_memory(model, dataset, None, **choice.options, **reading)
+        seen = observe(model, held_out, memory, **reading)
+        said = np.asarray(seen.predictions)
+        found = tune(memory, seen.keys, seen.labels, said, **{"kernel": choice.kernels, **tuning})
+        results[choice.name] = found
+        if verbose:
+            print(f"{choice.name}: {found.verdict}", file=sys.stderr)
+    best = max(choices, key=lambda choice: results[choice.name].gain.value)
+    return ChosenKeys(best, results)
+
+
+def key_choices(model: nn.Module, inputs: Any) -> tuple[KeyChoice, ...]:
+    """Kinds of keys worth trying: the last Linear's input and, in a convolutional network, its last feature maps.
+
+    Parameters
+    ----------
+    model : any classifier or regressor.
+    inputs : a batch of one input, to see which layers run.
+    """
+    watch = Watch(model)
+    linear = _last_linear(model, lambda: watch.forward(inputs))
+    plain = KeyChoice("last linear", linear)
+    maps, convolution = _last_maps(model, lambda: watch.forward(inputs))
+    if maps is None:
+        return plain, KeyChoice("last linear, unit length", linear, metric="cosine")
+    finer = [KeyChoice(f"last maps {pool}x{pool}", maps, "output", pool, "cosine", "float16") for pool in (2, 4)]
+    both = f"{convolution}@input+{maps}@output"
+    kernels = ("exponential", "kriging")
+    return (plain, *finer, KeyChoice("two layers 4x4", both, "input", 4, "cosine", "float16", kernels=kernels))
+
+
 def observe(
     model: nn.Module,
     dataset: "Dataset[Any]",
@@ -282,14 +372,14 @@ class Watch:
     def run(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """Outputs [b c] and keys [b d] of a batch, float32, on the model's device."""
         if self._layer is None:
-            self._layer = _last_linear(self.model, lambda: self._forward(inputs))
+            self._layer = _last_linear(self.model, lambda: self.forward(inputs))
         if callable(self._layer):
-            raw = self._forward(inputs)
+            raw = self.forward(inputs)
             with _evaluating(self.model), torch.inference_mode():
                 keys = self._layer(_moved(inputs, _device(self.model)))
         else:
             with _watching(self.model, self._layer, self.side) as seen:
-                raw = self._forward(inputs)
+                raw = self.forward(inputs)
             return _tensor_of(raw), seen(self.pool)
         return _tensor_of(raw), pooled(keys, self.pool)
 
@@ -299,7 +389,8 @@ class Watch:
             return raw
         return raw.softmax(1) if self._outputs == "logits" else raw.exp()
 
-    def _forward(self, inputs: Any) -> Any:
+    def forward(self, inputs: Any) -> Any:
+        """The model's raw outputs of a batch, in eval mode and without gradients."""
         device = _device(self.model)
         moved = _moved(inputs, device)
         with _evaluating(self.model), torch.inference_mode():
@@ -354,23 +445,21 @@ class ResMemModule(nn.Module):
     def forward(self, inputs: Any) -> Float[Tensor, "b c"]:
         """Log-probabilities [b c] of a classification, values [b c] of a regression, on the model's device."""
         raw, keys = self._watch.run(inputs)
-        base = self._base(raw)
-        residual = self.knn(keys.cpu().numpy()) if self.setting.shrinkage else np.zeros(base.shape, base.dtype)
-        scores = correct(base, residual, self.setting.shrinkage)
+        said = self.setting.predict(self.knn, keys.cpu().numpy(), self._said(raw))
         if self.memory.layout.task == "classification":
-            scores = np.log(to_probabilities(scores, base))
-        return torch.from_numpy(scores).to(raw.device)
+            said = np.log(np.maximum(said, np.finfo(said.dtype).tiny))
+        return torch.from_numpy(said).to(raw.device)
 
     def explain(self, inputs: Any) -> Explanation:
-        """Which memories correct each prediction, and by how much."""
+        """Which memories correct each prediction, and by how much, before a gate weighs the correction."""
         raw, keys = self._watch.run(inputs)
-        return explain(self.knn, keys.cpu().numpy(), self._base(raw), shrinkage=self.setting.shrinkage)
+        said = self._said(raw)
+        base = temper(said, self.setting.temperature) if self.memory.layout.task == "classification" else said
+        return explain(self.knn, keys.cpu().numpy(), base, shrinkage=self.setting.shrinkage)
 
-    def _base(self, raw: Tensor) -> Float[ndarray, "b c"]:
+    def _said(self, raw: Tensor) -> Float[ndarray, "b c"]:
         layout = self.memory.layout
-        said = as_predictions(self._watch.predictions(raw).cpu().numpy(), layout.task, layout.n_outputs)
-        values = np.asarray(said)
-        return temper(values, self.setting.temperature) if layout.task == "classification" else values
+        return np.asarray(as_predictions(self._watch.predictions(raw).cpu().numpy(), layout.task, layout.n_outputs))
 
 
 class Exportable(nn.Module):
@@ -590,6 +679,27 @@ def _last_linear(model: nn.Module, forward: Callable[[], Any]) -> str:
         known = ", ".join(name for name, _ in model.named_children())
         raise InvalidInput(f"the model runs no Linear, so the layer must be named; its parts are: {known or 'none'}")
     return ran[-1]
+
+
+def _last_maps(model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None, str | None]:
+    """The module that gives the last feature maps wider than 1 x 1, and the last convolution that looks around."""
+    ran: list[tuple[str, nn.Module]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _inputs: Any, result: Any) -> None:
+            if isinstance(result, Tensor) and result.ndim == 4 and min(result.shape[2:]) > 1:
+                ran.append((name, module))
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    convolutions = [name for name, module in ran if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
+    return (ran[-1][0], convolutions[-1]) if convolutions else (None, None)
 
 
 def _module_named(model: nn.Module, name: str) -> nn.Module:
