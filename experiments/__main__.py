@@ -1,11 +1,13 @@
-"""Run a recipe by name: `python -m experiments cifar100-resnet8`."""
+"""Run a recipe by name: `python -m experiments cifar100`."""
 
 import argparse
 import importlib
 
 RECIPES = {
-    "cifar100-resnet8": "experiments.cifar100.resnet8",
+    "cifar100": "experiments.cifar100.table",
     "linear-regression": "experiments.linear_regression",
+    "roses": "experiments.cifar100.roses",
+    "sample-size": "experiments.cifar100.sample_size",
 }
 
 

@@ -18,7 +18,7 @@ FRAMEWORKS = ["torch", "transformers", "sklearn", "faiss", "ray", "scann"]
 LAYERS = [
     {"errors", "types", "_version", "progress"},
     {"validation"},
-    {"kernels", "residuals", "metrics"},
+    {"kernels", "residuals", "metrics", "gate"},
     {"memory", "indexes"},
     {"correction"},
     {"explanation", "evaluation"},

@@ -1,7 +1,7 @@
 """What ships with the package: two trained ResNet-8, 8-bit keys of all 60,000 images, and the tuned settings.
 
 The networks are trained by ``experiments/cifar100/train.py``; keys and settings are written by
-``python -m experiments cifar100-resnet8``.
+``python -m experiments cifar100``.
 """
 
 import json
