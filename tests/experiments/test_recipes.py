@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments.cifar100 import resnet8
+from experiments.cifar100 import sample_size, table
 from experiments.cifar100.duplicates import near_duplicates
+from experiments.cifar100.measuring import cost, keys_for
 from experiments.results_file import RESULTS, ResultFile, Row
 from residual_memory.demo.cifar100 import Cifar100, find_cifar100
+from residual_memory.demo.networks import network_named
+from residual_memory.demo.run import BEST, PLAIN
 
 ROW: Row = {"method": "resmem", "base": 0.5, "corrected": 0.6, "gain": 0.1, "gain_low": 0.05, "gain_high": 0.15}
 
@@ -49,22 +53,65 @@ def test_a_shifted_mirrored_and_brightened_copy_is_found_and_noise_is_not() -> N
 
 
 @pytest.mark.skipif(find_cifar100() is None, reason="CIFAR-100 is not on this machine: run `make data`")
-def test_the_quick_slice_runs_and_leaves_the_results_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    before = (RESULTS / "cifar100-resnet8.json").read_bytes()
-    resnet8.run(quick=True, fresh=False)
-    assert "resnet8 plain without near-duplicates" in capsys.readouterr().out
-    assert (RESULTS / "cifar100-resnet8.json").read_bytes() == before
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [(table, "resnet8 plain without near-duplicates"), (sample_size, "resnet8 100%, plain")],
+)
+def test_the_quick_slice_runs_and_leaves_the_results_alone(
+    recipe: Any, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (RESULTS / f"{recipe.NAME}.json").read_bytes()
+    recipe.run(quick=True, fresh=False)
+    assert setting in capsys.readouterr().out
+    assert (RESULTS / f"{recipe.NAME}.json").read_bytes() == before
 
 
-def test_the_committed_results_reach_the_papers_figures() -> None:
-    rows = {
-        (row["setting"], row["seed"]): row
-        for row in json.loads((RESULTS / "cifar100-resnet8.json").read_text())["rows"]
-    }
-    assert rows["resnet8 plain", 0]["base"] >= 0.5646
-    assert all(rows["resnet8 plain", seed]["gain"] >= 0.032 for seed in (0, 1, 2))
-    assert all(rows["resnet8 tuned 4x4", seed]["gain"] >= 0.055 for seed in (0, 1, 2))
+def test_the_slope_of_gains_on_a_line_is_the_lines() -> None:
+    rows = [
+        {"n": n, "gain": 0.01 * np.log2(n), "gain_low": 0.01 * np.log2(n) - m, "gain_high": 0.01 * np.log2(n) + m}
+        for n, m in ((1_000, 0.01), (2_000, 0.02), (8_000, 0.01))
+    ]
+    found = sample_size.slope(rows)
+    assert found["gain"] == pytest.approx(0.01)
+    assert found["gain_low"] < 0.01 < found["gain_high"]
+
+
+def test_the_cost_of_resnet8_is_that_of_its_layers() -> None:
+    network = network_named("resnet8")
+    assert cost(network)["parameters"] == sum(value.numel() for value in network.parameters())
+    # By hand: 3 x 3 convolutions 442,368 + 2 * 2,359,296 + 1,179,648 + 2,359,296 + 1,179,648 + 2,359,296,
+    # shortcuts 2 * 131,072, head 6,400.
+    assert cost(network)["multiply_adds"] == 12_507_392
+
+
+def test_the_last_block_of_a_deeper_network_gives_the_keys() -> None:
+    assert keys_for(network_named("resnet20")).layer == "stage3.2.conv2@input+stage3@output"
+    assert keys_for(network_named("mobilenetv2"), PLAIN) == PLAIN
+
+
+def test_the_committed_results_reach_the_papers_figures_and_pass_them() -> None:
+    rows = rows_of("cifar100")
+    plain = rows["resnet8 plain", 0]
+    assert plain["base"] >= 0.5646
+    assert plain["gain"] >= 0.032
+    tuned = rows[f"resnet8 {BEST.name}", 0]
+    assert tuned["corrected"] >= 0.665
+    assert tuned["log_loss_corrected"] < tuned["log_loss_temperature_scaled"]
     assert all(row["memory_only"] < row["corrected"] for row in rows.values() if "memory_only" in row)
+
+
+def test_no_committed_network_loses_by_its_memory() -> None:
+    assert all(row["gain_low"] > 0 or not row["chosen"]["shrinkage"] for row in resmem_rows("cifar100", "sample-size"))
+
+
+def resmem_rows(*names: str) -> list[Row]:
+    rows = [row for name in names for row in rows_of(name).values()]
+    return [row for row in rows if row["method"] == "resmem" and "chosen" in row]
+
+
+def rows_of(name: str) -> dict[tuple[str, int], Row]:
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    return {(row["setting"], row["seed"]): row for row in content["rows"]}
 
 
 def split(images: np.ndarray) -> Cifar100:
