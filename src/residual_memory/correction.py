@@ -14,7 +14,7 @@ from residual_memory.errors import DimensionMismatch, FewerNeighbors, InvalidInp
 from residual_memory.indexes.base import Index, Reject, nearest
 from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import IndexSpec, build_index
-from residual_memory.kernels import KRIGING, kernel_named, kriging_weights
+from residual_memory.kernels import KRIGING, as_nugget, kernel_named, kriging_weights
 from residual_memory.memory import Memory, Snapshot
 from residual_memory.types import Neighbors
 from residual_memory.validation import (
@@ -74,7 +74,7 @@ class ResidualKNN:
     temperature : T of the stored base predictions; temper the queries' predictions alike.
     index : "exact", "auto", or a spec such as "faiss:IVF1024,PQ64x4fs?nprobe=16".
     max_weight : what one row may contribute at most; 1 does not limit it. A cut weight is not given to the others.
-    nugget : of kriging alone: what no neighbour can tell, as a part of the variance.
+    nugget : of kriging alone: what no neighbour can tell, as a part of the variance; at least 1e-6.
 
     Raises
     ------
@@ -103,7 +103,7 @@ class ResidualKNN:
         self.kernel = kernel
         if kernel != KRIGING:
             kernel_named(kernel)
-        self.nugget = as_positive("nugget", nugget)
+        self.nugget = as_nugget(nugget)
         self.temperature = as_positive("temperature", temperature)
         _check_temperature(memory, self.temperature)
         self.max_weight = as_fraction("max_weight", max_weight, above_zero=True)
@@ -160,6 +160,15 @@ class ResidualKNN:
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(state.snapshot, found)
         return residual_average(state.snapshot, found.rows, weights, self.temperature, state.table), found.farthest
+
+    def look_up_both(
+        self, keys: ArrayLike, exclude: ArrayLike | None = None
+    ) -> tuple[Float[ndarray, "q c"], Float[ndarray, "q c"], Float[ndarray, " q"]]:
+        """What `__call__` and `memory_only` give, and the distance to the k-th neighbour, from one search."""
+        state, found = self._search(keys, self.n_neighbors, exclude)
+        weights = self._weights(state.snapshot, found)
+        residual = residual_average(state.snapshot, found.rows, weights, self.temperature, state.table)
+        return residual, label_average(state.snapshot, found.rows, weights[:, None, :])[:, 0], found.farthest
 
     def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
         """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""

@@ -111,13 +111,13 @@ class Setting:
 
         Raises
         ------
-        InvalidInput : if a name is not an attribute of a setting.
+        InvalidInput : if a name is not an attribute of a setting, or the gate is none.
         """
+        gate = values.get("gate")
         try:
-            setting = Setting(**values)
+            return Setting(**{**values, "gate": None if gate is None else Gate.from_dict(gate)})
         except TypeError as error:
             raise InvalidInput(f"a setting has {', '.join(asdict(Setting()))}: {error}") from None
-        return replace(setting, gate=Gate.from_dict(values["gate"])) if values.get("gate") else setting
 
     def without_memory(self) -> "Setting":
         """The base alone, at the temperature that it was trained with."""
@@ -258,10 +258,15 @@ def corrected_predictions(
     if isinstance(sigma, str):
         sigma = knn.bandwidth if alone == setting else alone.knn(memory, index=index).bandwidth
     labelled = found.first(counts[1])
-    label_weights = neighbor_weights(snapshot, labelled, alone.kernel, sigma, alone.nugget)
+    shape = (setting.n_neighbors, knn.bandwidth, setting.kernel, setting.nugget)
+    if shape == (alone.n_neighbors, sigma, alone.kernel, alone.nugget):
+        label_weights = weights
+    else:
+        label_weights = neighbor_weights(snapshot, labelled, alone.kernel, sigma, alone.nugget)
     residual = residual_average(snapshot, nearest.rows, weights, setting.temperature)
     labels = label_average(snapshot, labelled.rows, label_weights[:, None, :])
-    base, corrected = setting.corrected(predictions, residual, nearest.farthest, memory.layout.task)
+    farthest = nearest.farthest if counts[0] == setting.n_neighbors else np.full(len(keys), np.inf)
+    base, corrected = setting.corrected(predictions, residual, farthest, memory.layout.task)
     return Predicted(base, labels[:, 0], corrected, gated=setting.gate is not None)
 
 

@@ -39,13 +39,13 @@ class Gate:
     scales: tuple[float, ...]
 
     def __call__(
-        self, predictions: Float[ndarray, "q c"], residual: Float[ndarray, "q c"], distances: Float[ndarray, " q"]
+        self, predictions: Float[ndarray, "q p"], residual: Float[ndarray, "q c"], distances: Float[ndarray, " q"]
     ) -> Float[ndarray, "q c"]:
         """Probabilities, all positive, that sum to 1; the prediction itself where no memory contributes.
 
         Parameters
         ----------
-        predictions : base probabilities at temperature 1.
+        predictions : base probabilities at temperature 1; classes that only the memory knows count as probability 0.
         residual : what `ResidualKNN` gives.
         distances : to the k-th neighbour; +inf where there are fewer.
 
@@ -53,13 +53,12 @@ class Gate:
         ------
         DimensionMismatch : if the shapes differ.
         """
-        base = _padded(predictions, residual)
-        if len(distances) != len(base):
-            raise DimensionMismatch(f"there are {len(distances)} distances for {len(base)} predictions")
+        base = _padded(predictions, residual, distances)
         raw = _features(base, residual, distances)
         features = _standard(raw, np.array(self.centres), np.array(self.scales))
         parameters = np.array([self.sharpness, *self.trust, *self.abstain])
         mixed = _forward(parameters, base, np.asarray(residual, np.float64), features)[0]
+        mixed = np.maximum(mixed, SMALLEST)
         mixed /= mixed.sum(axis=1, keepdims=True)
         untouched = ~np.asarray(residual).any(axis=1)
         mixed[untouched] = base[untouched]
@@ -75,12 +74,14 @@ class Gate:
 
         Raises
         ------
-        InvalidInput : if a name is missing or unknown, or a list has another length.
+        InvalidInput : if a name is missing or unknown, a list has another length, or a value is no number.
         """
         try:
-            lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if name != "sharpness"}
+            lists: dict[str, Any] = {
+                name: tuple(float(number) for number in value) for name, value in values.items() if name != "sharpness"
+            }
             gate = Gate(sharpness=float(values["sharpness"]), **lists)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"a gate has sharpness, trust, abstain, centres and scales: {error}") from None
         lengths = [len(part) for part in (gate.trust, gate.abstain, gate.centres, gate.scales)]
         if lengths != [N_FEATURES, N_FEATURES, N_FEATURES - 1, N_FEATURES - 1]:
@@ -89,7 +90,7 @@ class Gate:
 
 
 def fit_gate(
-    predictions: Float[ndarray, "q c"],
+    predictions: Float[ndarray, "q p"],
     residual: Float[ndarray, "q c"],
     distances: Float[ndarray, " q"],
     labels: Int[ndarray, " q"],
@@ -100,14 +101,19 @@ def fit_gate(
     ----------
     predictions, residual, distances : as in `Gate.__call__`, of rows that the memory does not hold.
     labels : their classes.
+
+    Raises
+    ------
+    DimensionMismatch : if the shapes differ.
     """
     from scipy.optimize import minimize
 
-    base = _padded(predictions, residual)
+    base = _padded(predictions, residual, distances)
+    if len(labels) != len(base):
+        raise DimensionMismatch(f"there are {len(labels)} labels for {len(base)} predictions")
     correction = np.asarray(residual, np.float64)
     raw = _features(base, correction, distances)
-    centres, scales = raw.mean(axis=0), raw.std(axis=0)
-    scales[scales == 0] = 1.0
+    centres, scales = _centres_and_scales(raw)
     features = _standard(raw, centres, scales)
     chosen = np.asarray(labels)
     best = minimize(_loss_and_slope, START, args=(base, correction, features, chosen), jac=True, method="L-BFGS-B")
@@ -121,9 +127,13 @@ def fit_gate(
     )
 
 
-def _padded(predictions: Float[ndarray, "q c"], residual: Float[ndarray, "q e"]) -> Float[ndarray, "q e"]:
+def _padded(
+    predictions: Float[ndarray, "q c"], residual: Float[ndarray, "p e"], distances: Float[ndarray, " d"]
+) -> Float[ndarray, "q e"]:
     """The predictions in float64, with probability 0 for the classes that only the memory knows."""
     base = np.asarray(predictions, np.float64)
+    if len(distances) != len(base):
+        raise DimensionMismatch(f"there are {len(distances)} distances for {len(base)} predictions")
     if len(base) != len(residual) or base.shape[1] > residual.shape[1]:
         raise DimensionMismatch(f"predictions {base.shape} and residual {residual.shape} do not fit")
     return np.pad(base, ((0, 0), (0, residual.shape[1] - base.shape[1])))
@@ -132,12 +142,20 @@ def _padded(predictions: Float[ndarray, "q c"], residual: Float[ndarray, "q e"])
 def _features(
     base: Float[ndarray, "q c"], residual: Float[ndarray, "q c"], distances: Float[ndarray, " q"]
 ) -> Float[ndarray, "q 3"]:
-    """Distance to the k-th memory, the base's entropy, and the length of the residual."""
-    present = np.isfinite(distances)
-    far = np.max(distances, where=present, initial=0.0)
+    """Distance to the k-th memory (+inf where there are fewer), the base's entropy, and the length of the residual."""
     entropy = -(base * np.log(np.maximum(base, SMALLEST))).sum(axis=1)
     length = np.sqrt(np.square(residual, dtype=np.float64).sum(axis=1))
-    return np.stack([np.where(present, distances, far), entropy, length], axis=1)
+    return np.stack([distances, entropy, length], axis=1)
+
+
+def _centres_and_scales(raw: Float[ndarray, "q 3"]) -> tuple[Float[ndarray, " 3"], Float[ndarray, " 3"]]:
+    """Mean and deviation of each feature over the rows where it is finite; 0 and 1 where it is nowhere."""
+    centres, scales = np.zeros(N_FEATURES - 1), np.ones(N_FEATURES - 1)
+    for place, column in enumerate(raw.T):
+        present = column[np.isfinite(column)]
+        if len(present):
+            centres[place], scales[place] = present.mean(), present.std() or 1.0
+    return centres, scales
 
 
 def _standard(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
+from residual_memory.validation import as_positive
 
 Kernel = Callable[[Float[ndarray, "q k"], float], Float[ndarray, "q k"]]
 
@@ -93,6 +94,7 @@ KERNELS: dict[str, Kernel] = {
 
 KRIGING = "kriging"
 WEIGHTINGS = (*KERNELS, KRIGING)
+SMALLEST_NUGGET = 1e-6  # below it twins among the neighbours make the equations singular
 
 
 def kriging_weights(
@@ -121,6 +123,22 @@ def kriging_weights(
     covariance[:, places, places] = 1 + nugget
     towards = np.exp(-np.asarray(distances, np.float64) / bandwidth)
     return np.linalg.solve(covariance, towards[..., None])[..., 0]
+
+
+def as_nugget(value: float) -> float:
+    """A nugget for which `kriging_weights` has an answer.
+
+    Raises
+    ------
+    InvalidInput : if it is too small.
+    """
+    nugget = as_positive("nugget", value)
+    if nugget < SMALLEST_NUGGET:
+        raise InvalidInput(
+            f"nugget is {nugget:g}, expected at least {SMALLEST_NUGGET:g}: neighbours with the same key cannot both be "
+            "believed to the letter"
+        )
+    return nugget
 
 
 def kernel_named(name: str) -> Kernel:

@@ -13,12 +13,12 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import ResidualKNN, label_average, neighbor_weights
+from residual_memory.correction import ResidualKNN, label_average, neighbor_weights, to_probabilities
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
 from residual_memory.gate import fit_gate
 from residual_memory.indexes.distances import distances_among
-from residual_memory.kernels import KRIGING
+from residual_memory.kernels import KRIGING, as_nugget, kernel_named
 from residual_memory.memory import Memory, Snapshot
 from residual_memory.metrics import log_losses
 from residual_memory.residuals import tempered
@@ -101,7 +101,7 @@ def tune(
         if values is not None and not len(values):
             raise InvalidInput(f"{name} is empty, expected at least one value to try")
     temperatures = [as_positive("temperature", value) for value in temperatures]
-    if (negative := min(shrinkages or (), default=0.0)) < 0:
+    if (negative := min(() if shrinkages is None else shrinkages, default=0.0)) < 0:
         raise InvalidInput(f"shrinkage is {negative:g}, expected numbers from 0")
     if len(rows.keys) < as_count("n_folds", n_folds):
         raise InvalidInput(f"there are {len(rows.keys)} held-out rows for {n_folds} folds; give more rows")
@@ -173,7 +173,7 @@ def tune_gate(
     if memory.layout.task == "regression":
         raise InvalidInput("the memory is of a regression, but a gate makes probabilities of a classification")
     knn = setting.knn(memory, index=index)
-    residual, farthest = knn.look_up(rows.keys, exclude)
+    residual, labels_alone, farthest = knn.look_up_both(rows.keys, exclude)
     folds = _folds(len(rows.keys), groups, n_folds, seed)
     gated, base = np.empty(residual.shape), np.empty(residual.shape)
     for fold in np.unique(folds):
@@ -185,11 +185,12 @@ def tune_gate(
     measured = summarize(
         rows.metric,
         base=rows.losses(base, base),
-        memory_only=rows.losses_alone(knn.memory_only(rows.keys, exclude)),
+        memory_only=rows.losses_alone(labels_alone),
         corrected=rows.losses(gated, gated),
         groups=groups,
     )
-    best = replace(setting, gate=fit_gate(rows.predictions, residual, farthest, rows.labels))
+    gate = fit_gate(rows.predictions, residual, farthest, rows.labels)
+    best = replace(setting, gate=gate, shrinkage=setting.shrinkage or 1.0)  # 0 would be the base, gate or not
     return TuningResult(
         **vars(measured), best=best if measured.helps else setting.without_memory(), best_memory_only=setting
     )
@@ -206,7 +207,8 @@ def best_temperature(predictions: Float[ndarray, "q c"], labels: Shaped[ndarray,
     ratio = (np.sqrt(5) - 1) / 2
     while high - low > 0.01:  # golden section: the log-loss has one minimum
         left, right = high - ratio * (high - low), low + ratio * (high - low)
-        losses = [log_losses(tempered(predictions, float(np.exp(place))), labels).mean() for place in (left, right)]
+        said = [tempered(predictions, float(np.exp(place))) for place in (left, right)]
+        losses = [log_losses(to_probabilities(some, some), labels).mean() for some in said]  # zeros have no logarithm
         low, high = (low, right) if losses[0] < losses[1] else (left, high)
     return float(np.exp((low + high) / 2))
 
@@ -224,8 +226,11 @@ def _search(
     if not wanted:
         raise InvalidInput("n_neighbors is empty, expected at least one value to try")
     counts = [k for k in wanted if k <= len(memory)] or [max(len(memory), 1)]
-    knns = [ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, kernel=kernel, index=index) for kernel in kernels]
-    snapshot, found = knns[0].search(keys, counts[-1], exclude)
+    for kernel in kernels:
+        if kernel != KRIGING:
+            kernel_named(kernel)
+    knn = ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, index=index)
+    snapshot, found = knn.search(keys, counts[-1], exclude)
     return snapshot, found, counts
 
 
@@ -239,7 +244,7 @@ def _shapes(
     if kernel != KRIGING:
         return [Setting(k, scale * _typical(found, k), kernel=kernel) for k, scale in product(counts, scales)]
     return [
-        Setting(k, scale * _typical(found, k), kernel=kernel, nugget=as_positive("nugget", nugget))
+        Setting(k, scale * _typical(found, k), kernel=kernel, nugget=as_nugget(nugget))
         for k, scale, nugget in product(counts, scales, nuggets)
     ]
 

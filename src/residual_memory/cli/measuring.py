@@ -68,7 +68,11 @@ def tune(
         seen = (memory, rows.keys, rows.labels, rows.predictions)
         result = tuning.tune(*seen, metric=wanted, kernel=kernel or "exponential", index=index, groups=rows.groups)
         if gate and result.best.shrinkage:
-            result = tuning.tune_gate(*seen, result.best, metric=wanted, index=index, groups=rows.groups)
+            gated = tuning.tune_gate(*seen, result.best, metric=wanted, index=index, groups=rows.groups)
+            if gated.helps:
+                result = gated
+            else:
+                note(f"the gate is left out, {gated.verdict}; the figures are those of the setting without it")
         if save:
             memory.save_setting(result.best.to_dict())
         kept = f"saved with {path}" if save else "not saved"
@@ -122,6 +126,8 @@ def saved_setting(memory: Memory, **changes: Any) -> Setting:
     """The setting that tuning saved, or the paper's, with changes."""
     if memory.setting is None and "n_neighbors" not in changes:
         note(f"no setting is saved with {memory.path}, so the paper's is used; resmem tune chooses one")
+    if "shrinkage" in changes:
+        changes["gate"] = None  # a gate stands in place of the shrinkage
     return replace(Setting.from_dict(memory.setting or {}), **changes)
 
 

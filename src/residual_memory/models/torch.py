@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.errors import DimensionMismatch, InvalidInput, MissingExtra
+from residual_memory.errors import DimensionMismatch, FingerprintMismatch, InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import Explanation, explain
 from residual_memory.memory import Memory
@@ -27,7 +27,7 @@ from residual_memory.progress import progress_bar
 from residual_memory.residuals import temper
 from residual_memory.tuning import TuningResult, tune
 from residual_memory.types import Metric, Observations, Task
-from residual_memory.validation import as_count, as_labels, as_predictions
+from residual_memory.validation import as_count, as_ids, as_labels, as_predictions
 
 try:
     import torch
@@ -55,6 +55,7 @@ def build_memory(
     pool: int = 1,
     predictions: ArrayLike | None = None,
     copies: Sequence[Callable[[Any], Any]] = (),
+    ids: ArrayLike | None = None,
     held_out: "Dataset[Any] | None" = None,
     task: Task | None = None,
     outputs: Outputs = "logits",
@@ -87,9 +88,10 @@ def build_memory(
         [b t d] are averaged over t.
     predictions : out-of-fold predictions [n c] (probabilities, or values) to keep in place of the model's own: right
         when the model knows its training data much better than other data.
-    copies : functions from an item's x to another view of it, such as its mirror image: every item is also stored as
-        each of them sees it. With n items, copy j of item i has id i + j n; all are of group i, so that
+    copies : functions from an item's x to another view of it, such as its mirror image, always the same: every item is also
+        stored as each of them sees it. With n items, copy j of item i has id i + j n; all are of group i, so that
         ``exclude=i`` leaves all of them out. A copy costs as much as a row.
+    ids : a name or number for each item, such as its file; None takes its index. Not with copies.
     held_out : data that the model was not trained on; a sample of it tells whether the residuals mean anything.
     task : None reads it off: integer labels and several outputs are a classification.
     outputs : what the model gives for a classification.
@@ -118,16 +120,27 @@ def build_memory(
     n_items, batch_size = len(dataset), as_count("batch_size", batch_size)  # type: ignore[arg-type]
     if n_items == 0:
         raise InvalidInput("the data set is empty: there is nothing to memorize")
-    first = _first_item(dataset)
+    first = _same_item(dataset, 0, "item 0 of the data set")
     collate = collate_fn or torch.utils.data.default_collate
     watch = Watch(model, layer, side, pool=pool, outputs=outputs, task=task, autocast=autocast)
     probe = watch.observe(*_inputs_and_labels(collate([first])))
     chosen_task = watch.task
     if verbose:
         print(f"keys: {watch.side} of {watch.layer_name!r}, {probe.keys.shape[1]} numbers", file=sys.stderr)
-    known = {"n_rows": n_items, "first_item": _digest_of_item(first)}
-    source = watch.source({**known, "copies": [_name_of(copy) for copy in copies]} if copies else known)
+    known: dict[str, Any] = {"n_rows": n_items, "first_item": _digest_of_item(first)}
+    rows = _WithCopies(dataset, copies) if copies else dataset
+    if copies:
+        names = [_name_of(function) for function in copies]
+        firsts = [
+            _digest_of_item(_same_item(rows, place * n_items, f"item 0 as {name} sees it"))
+            for place, name in enumerate(names, 1)
+        ]
+        known |= {"copies": names, "first_copies": firsts}
+    source = watch.source(known)
     own = _out_of_fold(predictions, chosen_task, n_items)
+    own_ids = None if ids is None else as_ids(ids, n_items)
+    if own_ids is not None and (copies or len(np.unique(own_ids)) < n_items):
+        raise InvalidInput("ids must differ from item to item, and cannot be given with copies")
     width = probe.predictions.shape[1] if own is None else own.shape[1]  # type: ignore[union-attr]
     memory = _opened(
         path,
@@ -140,11 +153,10 @@ def build_memory(
         key_dtype=key_dtype,
         prediction_dtype=prediction_dtype,
     )
-    rows = _WithCopies(dataset, copies) if copies else dataset
     if Source.from_dict(memory.source or {}).complete:
         return memory
     try:
-        losses = _build(memory, watch, rows, n_items, own, batch_size, num_workers, collate, verbose)
+        losses = _build(memory, watch, rows, n_items, own, own_ids, batch_size, num_workers, collate, verbose)
         memory.save_source(replace(source, complete=True).to_dict())
     except BaseException:
         memory.close()  # another call may go on where this one stopped
@@ -160,6 +172,7 @@ def _build(
     dataset: "Dataset[Any]",
     n_items: int,
     own: Float[ndarray, "n c"] | None,
+    names: Shaped[ndarray, " n"] | None,
     batch_size: int,
     num_workers: int,
     collate: Callable[[list[Any]], Any],
@@ -168,7 +181,8 @@ def _build(
     """Observe the rows that the memory does not hold yet; returns the base's losses on them, none if out of fold."""
     n_rows = len(dataset)  # type: ignore[arg-type]
     layout = memory.layout
-    missing = np.setdiff1d(np.arange(n_rows), memory.ids)
+    held = np.isin(np.arange(n_rows) if names is None else names, memory.ids)
+    missing = np.flatnonzero(~held)
     losses = [np.zeros(0)]
     n_done = n_rows - len(missing)
     with progress_bar("building", n_rows, done=n_done, shown=verbose) as advance, Builder(memory) as builder:
@@ -178,7 +192,9 @@ def _build(
                 seen = replace(seen, predictions=own[seen.ids % n_items])
             else:
                 losses.append(_losses(seen, layout.task))
-            builder.add(seen if n_rows == n_items else replace(seen, groups=seen.ids % n_items))
+            if n_rows > n_items:
+                seen = replace(seen, groups=seen.ids % n_items)
+            builder.add(seen if names is None else replace(seen, ids=names[seen.ids]))
             advance(len(seen))
     return np.concatenate(losses)
 
@@ -225,7 +241,7 @@ def choose_keys(
 
     Raises
     ------
-    InvalidInput : if a choice names a layer that is not there, or the rows do not fit.
+    InvalidInput : if a choice names a layer that is not there, two have one name, or the rows do not fit.
     """
     reading: dict[str, Any] = {
         "outputs": outputs,
@@ -240,6 +256,9 @@ def choose_keys(
         choices = key_choices(model, _inputs_and_labels(collate([dataset[0]]))[0])
     if not choices:
         raise InvalidInput("choices is empty, expected at least one kind of keys to try")
+    names = [choice.name for choice in choices]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InvalidInput(f"choices have {', '.join(map(repr, sorted(twice)))} more than once; give each its own name")
     results = {}
     for choice in choices:
         memory = build_memory(model, dataset, None, **choice.options, **reading)
@@ -593,8 +612,8 @@ def _places(model: nn.Module, layer: str, side: Side) -> list[tuple[str, nn.Modu
     """Name, module and side of each part of a layer's name."""
     places = []
     for part in layer.split("+"):
-        name, _, own = part.strip().partition("@")
-        if own and own not in get_args(Side):
+        name, at, own = part.strip().partition("@")
+        if at and own not in get_args(Side):
             raise InvalidInput(f"{part.strip()!r} ends in {own!r}, expected 'input' or 'output' after the @")
         chosen: Side = "input" if (own or side) == "input" else "output"
         places.append((name, _module_named(model, name), chosen))
@@ -698,6 +717,8 @@ def _last_maps(model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None
     finally:
         for handle in handles:
             handle.remove()
+    names = [name for name, _ in ran]
+    ran = [(name, module) for name, module in ran if names.count(name) == 1]  # others can give no keys
     convolutions = [name for name, module in ran if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
     return (ran[-1][0], convolutions[-1]) if convolutions else (None, None)
 
@@ -762,13 +783,11 @@ def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def _first_item(dataset: "Dataset[Any]") -> Any:
-    """Item 0, after making sure that it is the same when read again."""
-    first, again = dataset[0], dataset[0]
+def _same_item(dataset: "Dataset[Any]", row: int, name: str) -> Any:
+    """An item, after making sure that it is the same when read again."""
+    first, again = dataset[row], dataset[row]
     if _digest_of_item(first) != _digest_of_item(again):
-        raise InvalidInput(
-            "item 0 of the data set differs when it is read twice: switch random augmentation off for the build"
-        )
+        raise InvalidInput(f"{name} differs when it is read twice: switch random augmentation off for the build")
     return first
 
 
@@ -810,6 +829,13 @@ def _opened(path: str | os.PathLike[str] | None, source: Source, **options: Any)
         if memory.source is None:
             raise InvalidInput(f"{path} holds a memory that was not built from a model; name another path")
         Source.from_dict(memory.source).check(source, _place(memory), data=True)
+        for name, wanted in options.items():
+            held = getattr(memory.layout, name, wanted)
+            if held != wanted:
+                raise FingerprintMismatch(
+                    f"the memory {_place(memory)} was built with {name} {held!r}, but this is {wanted!r}; "
+                    "build with the same, or name another path"
+                )
     except BaseException:
         memory.close()
         raise
