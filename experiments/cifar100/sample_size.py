@@ -60,6 +60,14 @@ def run(*, quick: bool, fresh: bool) -> None:
         draw(json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]).savefig(PICTURE, dpi=100)
 
 
+def measured(sample: str, choice: KeyChoice) -> Row | None:
+    """The row of one sample and choice, without its setting, where the result file has it."""
+    path = RESULTS / f"{NAME}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = [row for row in rows if row["setting"] == f"resnet8 {sample}, {choice.name}"]
+    return {name: value for name, value in found[0].items() if name not in ("setting", "seed")} if found else None
+
+
 def slope(rows: list[Row]) -> Row:
     """Points of gain for every doubling of the sample: least squares weighted by the rows' own intervals.
 

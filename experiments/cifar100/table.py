@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.cifar100 import sample_size
 from experiments.cifar100.comparisons import Seen, compare
 from experiments.cifar100.duplicates import Duplicates, draw_pairs, near_duplicates
 from experiments.cifar100.measuring import Chosen, choose, compared, cost, figures, predicted, see, without
@@ -121,6 +122,9 @@ class _Table:
             for choice in (PLAIN, BEST):
                 setting = f"{name} of 45,000 images, {choice.name}"
                 if not self.results.holds(setting, 0):
+                    if name == "resnet8" and (known := sample_size.measured("90%", choice)):
+                        self.results.row(setting, 0, lambda: {**known, **cost(network), "steps": SHORT_STEPS})  # noqa: B023
+                        continue
                     chosen = choose(network, self.train, rows, choice)
                     seen = see(network, self.train, rows, self.test, choice)
                     row = {**figures(seen, chosen, predicted(seen, chosen)), **cost(network), "steps": SHORT_STEPS}
