@@ -41,7 +41,7 @@ class ResultFile:
         for row in self.rows:
             if (row["setting"], row["seed"]) == (setting, seed):
                 return row
-        measured = {"setting": setting, "seed": seed, **measure(), "commit": _commit()}
+        measured = {"setting": setting, "seed": seed, "commit": _commit(), **measure()}
         self.rows.append(measured)
         self._write()
         return measured

@@ -1,45 +1,74 @@
-"""A linear classifier refitted on a memory's keys: what the keys hold without any memory."""
+"""A classifier refitted on a memory's keys: what the keys hold without any memory."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
+from torch import Tensor, nn
 from torch.nn import functional
 
-WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3)
-STEPS = 60
+EPOCHS, BATCH, PEAK_LEARNING_RATE, DROPOUT = 8, 512, 2e-3, 0.3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier and the scale of its inputs."""
+
+    network: nn.Module
+    centre: Tensor
+    scale: Tensor
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(value.numel() for value in self.network.parameters())
+
+    def __call__(self, keys: Shaped[ndarray, "q d"]) -> Float[ndarray, "q c"]:
+        """Probabilities of each query."""
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            parts = [
+                self.network((torch.from_numpy(np.asarray(part, np.float32)) - self.centre) / self.scale)
+                for part in np.array_split(keys, max(1, len(keys) // 4096))
+            ]
+        return torch.cat(parts).float().softmax(1).numpy()
 
 
 def fit_probe(
-    keys: Shaped[ndarray, "n d"], labels: Int64[ndarray, " n"], queries: Shaped[ndarray, "q d"]
-) -> tuple[Float[ndarray, "q c"], float]:
-    """Logits of a logistic regression for the queries, and the weight decay that a tenth of the rows chose."""
-    centre, scale = keys.mean(0, dtype=np.float64), keys.std(0, dtype=np.float64) + 1e-6
-    rows = torch.from_numpy(((keys - centre) / scale).astype(np.float32))
-    targets = torch.from_numpy(np.asarray(labels, np.int64))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    kept, left = order[len(order) // 10 :], order[: len(order) // 10]
-    hits = {}
-    for decay in WEIGHT_DECAYS:
-        weight, bias = _fit(rows[kept], targets[kept], decay)
-        hits[decay] = float(((rows[left] @ weight + bias).argmax(1) == targets[left]).float().mean())
-    best = max(hits, key=lambda decay: hits[decay])
-    weight, bias = _fit(rows, targets, best)
-    asked = torch.from_numpy(((queries - centre) / scale).astype(np.float32))
-    return (asked @ weight + bias).numpy(), best
+    keys: Shaped[ndarray, "n d"],
+    labels: Int[ndarray, " n"],
+    n_classes: int,
+    *,
+    hidden: int | None = None,
+    weight_decay: float = 0.0,
+    n_epochs: int = EPOCHS,
+) -> Probe:
+    """Fit a linear classifier, or one hidden layer with dropout, by AdamW with a one-cycle schedule.
 
-
-def _fit(rows: torch.Tensor, targets: torch.Tensor, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
-    n_classes = int(targets.max()) + 1
-    weight = torch.zeros(rows.shape[1], n_classes, requires_grad=True)
-    bias = torch.zeros(n_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = functional.cross_entropy(rows @ weight + bias, targets) + decay * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return weight.detach(), bias.detach()
+    Parameters
+    ----------
+    keys, labels : rows of a memory.
+    hidden : units of the hidden layer; None is linear.
+    weight_decay : of AdamW.
+    """
+    torch.manual_seed(0)
+    sample = torch.from_numpy(np.asarray(keys[:: max(1, len(keys) // 10_000)], np.float32))
+    centre, scale = sample.mean(0), sample.std(0) + 1e-6
+    rows, targets = torch.from_numpy(np.asarray(keys)), torch.from_numpy(np.asarray(labels, np.int64))
+    d = keys.shape[1]
+    network: nn.Module = nn.Linear(d, n_classes)
+    if hidden is not None:
+        network = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(hidden, n_classes))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=weight_decay)
+    n_steps = n_epochs * -(-len(rows) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=n_steps)
+    for _ in range(n_epochs):
+        for places in torch.randperm(len(rows)).split(BATCH):  # type: ignore[no-untyped-call]
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network((rows[places].float() - centre) / scale)
+            loss = functional.cross_entropy(logits.float(), targets[places])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return Probe(network.eval(), centre, scale)
