@@ -41,7 +41,7 @@ def run(*, quick: bool, fresh: bool) -> None:
     results = ResultFile(NAME, f"python -m experiments {NAME}", data, fresh=fresh, **where)
     for choice in (PLAIN,) if quick else (PLAIN, BEST):
         chosen: Chosen | None = None
-        for fraction in FRACTIONS:
+        for fraction in (0.1, 1.0) if quick else FRACTIONS:
             sample = f"{fraction:.0%}"
             setting = f"resnet8 {sample}, {choice.name}"
             if results.holds(setting, 0) or not weights_file("resnet8", sample, STEPS, 0).exists():
