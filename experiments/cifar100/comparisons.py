@@ -27,8 +27,8 @@ N_NEIGHBORS = 200
 COUNTS = (20, 50, 100, 200)
 SCALES = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5)  # of the median distance to the k-th neighbour
 MIXES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-SHARPNESSES = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
-STRENGTHS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+SHARPNESSES = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+STRENGTHS = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 WEIGHT_DECAYS = (1e-3, 1e-1)
 HIDDEN = 512
 FLOOR = 1e-3  # of the uniform distribution, mixed into votes so that their log-loss is finite
@@ -154,6 +154,12 @@ def compare(choosing: Seen, final: Seen) -> Iterator[tuple[str, Callable[[], Row
     yield "linear-probe", lambda: _probed(choosing, final, measured_on, None, temperature)
     yield "mlp-probe", lambda: _probed(choosing, final, measured_on, HIDDEN, temperature)
     yield "resmem-exponential", lambda: _resmem(choosing, final, measured_on, temperature, searching)
+
+
+def methods(metric: str) -> tuple[str, ...]:
+    """The names that `compare` gives; two need keys of length 1."""
+    unit = ("cache", "tip-adapter") if metric == "cosine" else ()
+    return ("label-knn", "knn-lm", *unit, "temperature-scaling", "linear-probe", "mlp-probe", "resmem-exponential")
 
 
 def chosen(method: Method, seen: Searched, grid: Iterable[Options]) -> Options:

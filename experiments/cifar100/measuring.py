@@ -57,10 +57,8 @@ def keys_for(network: CifarNetwork, choice: KeyChoice = BEST) -> KeyChoice:
 
 def choose(network: CifarNetwork, train: Cifar100, rows: Int64[ndarray, " n"], choice: KeyChoice) -> Chosen:
     """Tune on the held-out images with a network trained on `rows`, which are not among them."""
-    choice = keys_for(network, choice)
-    held_out = held_out_split(len(train))[1]
-    memory = build_memory(network, Images(train, rows), None, **choice.options)
-    queries = observe(network, Images(train, held_out), memory)
+    seen = see_held_out(network, train, rows, choice)
+    memory, queries = seen.memory, seen.queries
     said = np.asarray(queries.predictions)
     rows_seen = (memory, queries.keys, queries.labels, said)
     plain = choice.name == PLAIN.name
@@ -76,7 +74,13 @@ def choose(network: CifarNetwork, train: Cifar100, rows: Int64[ndarray, " n"], c
         if gated.helps:
             setting, gain = gated.best, gated.gain.value
     temperature = best_temperature(said, queries.labels)
-    return Chosen(Seen(memory, queries), found, setting, gain, temperature)
+    return Chosen(seen, found, setting, gain, temperature)
+
+
+def see_held_out(network: CifarNetwork, train: Cifar100, rows: Int64[ndarray, " n"], choice: KeyChoice) -> Seen:
+    """The memory of these training images, and the held-out images."""
+    memory = build_memory(network, Images(train, rows), None, **keys_for(network, choice).options)
+    return Seen(memory, observe(network, Images(train, held_out_split(len(train))[1]), memory))
 
 
 def see(network: CifarNetwork, train: Cifar100, rows: Int64[ndarray, " n"], test: Cifar100, choice: KeyChoice) -> Seen:
