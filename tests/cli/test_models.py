@@ -185,6 +185,24 @@ def test_classes_mean_the_same_in_other_folders(net: Path) -> None:
     assert "did you mean 'dog'?" in ran.err
 
 
+def test_images_behind_links_to_folders_are_found_once_and_circles_end(tmp_path: Path) -> None:
+    from residual_memory.cli.images import images_under
+
+    as_images(tmp_path / "elsewhere", 2, 1, classes=("cat", "dog"))
+    train = tmp_path / "train"
+    train.mkdir()
+    (train / "pets").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (train / "pets_again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for name, other in (("cat", "dog"), ("dog", "cat")):
+        (tmp_path / "elsewhere" / name / "round").symlink_to(tmp_path / "elsewhere" / other, target_is_directory=True)
+    (tmp_path / "elsewhere" / "up").symlink_to(train, target_is_directory=True)
+    (train / "gone.png").symlink_to(tmp_path / "nothing.png")
+    found = images_under(train)
+    assert len(found) == 4
+    assert sorted(path.name for path in found) == ["000.png", "000.png", "001.png", "001.png"]
+    assert {path.relative_to(train).parts[0] for path in found} == {"pets"}
+
+
 def test_an_unreadable_image_is_named(net: Path) -> None:
     as_images(net / "train", 5, 1)
     (net / "train" / "dog" / "002.png").write_bytes(b"\x89PNG no image")

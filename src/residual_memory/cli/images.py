@@ -1,6 +1,7 @@
 """A folder of images in class subfolders as a data set."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,14 @@ class ImageFolder:
         self._labelled = labelled
         self._shape: tuple[int, int] | None = None
         subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        found = {path.name: _images_under(path) for path in subfolders}
+        found = {path.name: images_under(path) for path in subfolders}
         if labelled:
             self.classes = list(class_names or found)
             _check_classes(folder, found, self.classes)
             self._items = [(path, self.classes.index(name)) for name, paths in found.items() for path in paths]
         else:
             self.classes = list(class_names or ())
-            self._items = [(path, -1) for path in _images_under(folder)]
+            self._items = [(path, -1) for path in images_under(folder)]
         self.names = [str(path.relative_to(folder)) for path, _ in self._items]
         if not self._items:
             raise InvalidInput(
@@ -82,8 +83,25 @@ class ImageFolder:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _images_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+def images_under(folder: Path) -> list[Path]:
+    """Image files however deep below a folder, sorted; behind links to folders too.
+
+    A folder that is reached twice is read once, so links that lead round in circles end.
+    """
+    found, entered = [], set()
+    for place, subfolders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders.sort()  # so that it is the same one of two ways to a folder on every machine
+        paths = (Path(place, file) for file in files if os.path.splitext(file)[1].lower() in SUFFIXES)
+        found += [path for path in paths if path.is_file()]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _check_classes(folder: Path, found: dict[str, list[Path]], classes: list[str]) -> None:

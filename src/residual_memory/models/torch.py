@@ -88,9 +88,9 @@ def build_memory(
         [b t d] are averaged over t.
     predictions : out-of-fold predictions [n c] (probabilities, or values) to keep in place of the model's own: right
         when the model knows its training data much better than other data.
-    copies : functions from an item's x to another view of it, such as its mirror image, always the same: every item is also
-        stored as each of them sees it. With n items, copy j of item i has id i + j n; all are of group i, so that
-        ``exclude=i`` leaves all of them out. A copy costs as much as a row.
+    copies : functions from an item's x to another view of it, always the same, such as its mirror image: every item
+        is also stored as each of them sees it. With n items, copy j of item i has id i + j n; all are of group i, so
+        that ``exclude=i`` leaves all of them out. A copy costs as much as a row.
     ids : a name or number for each item, such as its file; None takes its index. Not with copies.
     held_out : data that the model was not trained on; a sample of it tells whether the residuals mean anything.
     task : None reads it off: integer labels and several outputs are a classification.
