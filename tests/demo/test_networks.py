@@ -2,7 +2,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from residual_memory.demo.networks import CHANNEL_DEVIATIONS, CHANNEL_MEANS, BasicBlock, CifarResNet, channels_last
+from residual_memory.demo.networks import (
+    CHANNEL_DEVIATIONS,
+    CHANNEL_MEANS,
+    NETWORKS,
+    BasicBlock,
+    CifarMobileNetV2,
+    CifarResNet,
+    InvertedResidual,
+    channels_last,
+    network_named,
+)
 
 
 def n_parameters(network: nn.Module) -> int:
@@ -105,3 +115,88 @@ def test_channels_last_changes_the_layout_and_not_the_answer() -> None:
     after = channels_last(network)
     assert after.conv.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(after(x), before, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- wider, and mobile
+
+
+def test_a_network_of_twice_the_width_has_twice_the_channels() -> None:
+    network = CifarResNet(8, 100, width=2).eval()
+    assert network(images()).shape == (2, 100)
+    assert network.conv.out_channels == 32
+    assert network.head.in_features == 128
+    assert n_parameters(CifarResNet(8, width=1)) == n_parameters(CifarResNet(8))
+
+
+def test_a_mobile_network_has_about_the_parameters_of_the_paper() -> None:
+    """2.35 million for a hundred classes."""
+    assert n_parameters(CifarMobileNetV2()) == 2_351_972
+    assert n_parameters(CifarMobileNetV2(10)) == 2_351_972 - 90 * 1281
+
+
+def test_a_mobile_network_ends_in_maps_of_4_by_4_whose_mean_the_head_sees() -> None:
+    network = CifarMobileNetV2(10).eval()
+    seen: dict[str, Tensor] = {}
+    network.features.register_forward_hook(lambda *parts: seen.update(maps=parts[2]))
+    network.head.register_forward_pre_hook(lambda _, inputs: seen.update(pooled=inputs[0]))
+    with torch.inference_mode():
+        assert network(images()).shape == (2, 10)
+    assert seen["maps"].shape == (2, 1280, 4, 4)
+    torch.testing.assert_close(seen["pooled"], seen["maps"].mean((2, 3)))
+
+
+def test_a_mobile_network_has_the_stages_of_the_paper() -> None:
+    """Channels, blocks and strides of table 2, the first two strides at 1 for small images."""
+    blocks = [module for module in CifarMobileNetV2().features if isinstance(module, InvertedResidual)]
+    assert len(blocks) == 17
+    assert sum(block.skips for block in blocks) == 10
+    strides = [convolution_of(block.depthwise).stride for block in blocks]
+    assert [place for place, stride in enumerate(strides) if stride == (2, 2)] == [3, 6, 13]
+    outputs = [convolution_of(block.project).out_channels for block in blocks]
+    assert sorted(set(outputs)) == [16, 24, 32, 64, 96, 160, 320]
+    assert all(
+        convolution_of(block.depthwise).groups == convolution_of(block.depthwise).in_channels for block in blocks
+    )
+
+
+def convolution_of(part: nn.Module) -> nn.Conv2d:
+    return next(module for module in part.modules() if isinstance(module, nn.Conv2d))
+
+
+def test_a_mobile_network_normalises_images_itself() -> None:
+    network = CifarMobileNetV2().eval()
+    seen: list[Tensor] = []
+    network.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    means, deviations = (torch.tensor(values).view(1, 3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_DEVIATIONS))
+    with torch.inference_mode():
+        network((means - 3 * deviations).expand(1, 3, 32, 32))
+    torch.testing.assert_close(seen[0], torch.full((1, 3, 32, 32), -3.0))
+
+
+@pytest.mark.parametrize(("n_out", "stride", "skips"), [(8, 1, True), (8, 2, False), (6, 1, False)])
+def test_an_inverted_block_adds_its_input_where_shapes_allow(n_out: int, stride: int, skips: bool) -> None:
+    block, x = InvertedResidual(8, n_out, stride, 3).eval(), torch.randn(2, 8, 6, 6)
+    assert block.skips == skips
+    assert block(x).shape == (2, n_out, 6 // stride, 6 // stride)
+    nn.init.zeros_(list(block.project.parameters())[-2])  # the scale of the norm
+    torch.testing.assert_close(block(x), x if skips else torch.zeros(2, n_out, 6 // stride, 6 // stride))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_named_network_gives_a_logit_for_each_of_a_hundred_classes(name: str) -> None:
+    network = network_named(name).eval()
+    with torch.inference_mode():
+        assert network(images(1)).shape == (1, 100)
+
+
+def test_the_names_say_the_depth_and_the_width() -> None:
+    for depth in (8, 14, 20, 32, 44, 56):
+        assert n_parameters(network_named(f"resnet{depth}")) == n_parameters(CifarResNet(depth))
+    assert n_parameters(network_named("resnet8-wide")) == n_parameters(CifarResNet(8, width=2))
+    assert isinstance(network_named("mobilenetv2"), CifarMobileNetV2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20-wide", "ResNet8", "mobilenet", ""])
+def test_a_network_of_another_name_is_refused_and_the_names_are_told(name: str) -> None:
+    with pytest.raises(ValueError, match=f"network is '{name}', expected one of resnet8, resnet14, .*mobilenetv2"):
+        network_named(name)
