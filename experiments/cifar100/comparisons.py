@@ -29,8 +29,15 @@ SCALES = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5)  # of the median distance to the k-th
 MIXES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHARPNESSES = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 STRENGTHS = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-WEIGHT_DECAYS = (1e-3, 1e-1)
 HIDDEN = 512
+PROBES: dict[int | None, tuple[dict[str, float], ...]] = {  # to choose from, by the size of the hidden layer
+    None: (
+        {"rate": 5e-4, "n_epochs": 3, "weight_decay": 0.1},
+        {"rate": 2e-3, "n_epochs": 8, "weight_decay": 0.1},
+        {"rate": 1e-2, "n_epochs": 16, "weight_decay": 0.1},
+    ),
+    HIDDEN: ({"weight_decay": 1e-3}, {"weight_decay": 1e-1}),
+}
 FLOOR = 1e-3  # of the uniform distribution, mixed into votes so that their log-loss is finite
 
 Options = dict[str, Any]
@@ -179,21 +186,21 @@ def _resmem(choosing: Seen, final: Seen, on: Searched, temperature: float, searc
 
 def _probed(choosing: Seen, final: Seen, on: Searched, hidden: int | None, temperature: float) -> Row:
     held_out = choosing.queries
-    hits = {
-        decay: correctness(_fitted(choosing.memory, hidden, decay)(_placed(choosing)), held_out.labels).mean()
-        for decay in WEIGHT_DECAYS
-    }
-    best = max(hits, key=lambda decay: hits[decay])
+    hits = [
+        correctness(_fitted(choosing.memory, hidden, options)(_placed(choosing)), held_out.labels).mean()
+        for options in PROBES[hidden]
+    ]
+    best = PROBES[hidden][int(np.argmax(hits))]
     probe = _fitted(final.memory, hidden, best)
     cost = 4 * probe.n_parameters, probe.n_parameters
-    return _row(on, probe(_placed(final)), temperature, {"weight_decay": best, "hidden": hidden}, cost)
+    return _row(on, probe(_placed(final)), temperature, {**best, "hidden": hidden}, cost)
 
 
-def _fitted(memory: Memory, hidden: int | None, decay: float) -> Probe:
+def _fitted(memory: Memory, hidden: int | None, options: Options) -> Probe:
     rows = np.arange(len(memory))
     snapshot = memory.snapshot
     labels = snapshot.targets(rows)
-    return fit_probe(snapshot.keys.take(rows), labels, memory.layout.n_outputs, hidden=hidden, weight_decay=decay)
+    return fit_probe(snapshot.keys.take(rows), labels, memory.layout.n_outputs, hidden=hidden, **options)
 
 
 def _placed(seen: Seen) -> Float[ndarray, "q d"]:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BATCH, DROPOUT = 512, 0.3
-LINEAR_EPOCHS, LINEAR_RATE = 16, 1e-2
-HIDDEN_EPOCHS, HIDDEN_RATE = 8, 2e-3
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ def fit_probe(
     *,
     hidden: int | None = None,
     weight_decay: float = 0.0,
-    n_epochs: int | None = None,
+    rate: float = 2e-3,
+    n_epochs: int = 8,
 ) -> Probe:
     """Fit a linear classifier, or one hidden layer with dropout, by AdamW with a one-cycle schedule.
 
@@ -52,7 +51,8 @@ def fit_probe(
     keys, labels : rows of a memory.
     hidden : units of the hidden layer; None is linear.
     weight_decay : of AdamW.
-    n_epochs : passes over the rows; by default more for a linear classifier, which learns faster too.
+    rate : largest learning rate.
+    n_epochs : passes over the rows.
     """
     torch.manual_seed(0)
     sample = torch.from_numpy(np.asarray(keys[:: max(1, len(keys) // 10_000)], np.float32))
@@ -62,8 +62,6 @@ def fit_probe(
     network: nn.Module = nn.Linear(d, n_classes)
     if hidden is not None:
         network = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(hidden, n_classes))
-    rate = LINEAR_RATE if hidden is None else HIDDEN_RATE
-    n_epochs = n_epochs or (LINEAR_EPOCHS if hidden is None else HIDDEN_EPOCHS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=weight_decay)
     n_steps = n_epochs * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=n_steps)

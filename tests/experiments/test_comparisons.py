@@ -56,6 +56,7 @@ def test_every_method_is_measured_and_none_chooses_on_the_rows_that_are_measured
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(comparisons, "HIDDEN", 16)
+    monkeypatch.setitem(comparisons.PROBES, 16, ({"weight_decay": 0.1},))
     choosing, final = seen(1), seen(2)
     labels = np.random.default_rng(0).permutation(np.asarray(final.queries.labels))
     shuffled = Seen(final.memory, replace(final.queries, labels=labels))
@@ -83,6 +84,6 @@ def test_a_probe_learns_what_is_linear_and_a_hidden_layer_what_is_not() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(4000, 2)).astype(np.float32)
     line, corners = (x[:, 0] > 0).astype(int), ((x[:, 0] > 0) != (x[:, 1] > 0)).astype(int)
-    assert (fit_probe(x, line, 2, n_epochs=100)(x).argmax(1) == line).mean() > 0.97
-    assert (fit_probe(x, corners, 2, n_epochs=100)(x).argmax(1) == corners).mean() < 0.7
+    assert (fit_probe(x, line, 2, n_epochs=100, rate=1e-2)(x).argmax(1) == line).mean() > 0.97
+    assert (fit_probe(x, corners, 2, n_epochs=100, rate=1e-2)(x).argmax(1) == corners).mean() < 0.7
     assert (fit_probe(x, corners, 2, hidden=32, n_epochs=100)(x).argmax(1) == corners).mean() > 0.9
