@@ -72,11 +72,12 @@ def slope(rows: list[Row]) -> Row:
     """Points of gain for every doubling of the sample: least squares weighted by the rows' own intervals.
 
     The interval is that of the test images' chance; the networks are one a sample, so their own chance is not in it.
+    A row that the memory does not change (λ = 0) has no interval: it counts as the widest of the others.
     """
     doublings = np.log2([row["n"] for row in rows])
     gains = np.array([row["gain"] for row in rows])
     errors = np.array([(row["gain_high"] - row["gain_low"]) / (2 * Z95) for row in rows])
-    weights = 1 / errors**2
+    weights = 1 / np.where(errors > 0, errors, errors.max()) ** 2
     centre = np.average(doublings, weights=weights)
     spread = float((weights * (doublings - centre) ** 2).sum())
     value = float((weights * (doublings - centre) * gains).sum() / spread)

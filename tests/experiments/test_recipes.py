@@ -76,6 +76,11 @@ def test_the_slope_of_gains_on_a_line_is_the_lines() -> None:
     assert found["gain_low"] < 0.01 < found["gain_high"]
 
 
+def test_a_sample_that_the_memory_does_not_change_counts_in_the_slope() -> None:
+    rows = [{"n": n, "gain": g, "gain_low": g - m, "gain_high": g + m} for n, g, m in ((1, 0.0, 0.0), (2, 0.1, 0.1))]
+    assert sample_size.slope(rows)["gain"] == pytest.approx(0.1)
+
+
 def test_the_cost_of_resnet8_is_that_of_its_layers() -> None:
     network = network_named("resnet8")
     assert cost(network)["parameters"] == sum(value.numel() for value in network.parameters())
