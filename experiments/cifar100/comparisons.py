@@ -114,7 +114,7 @@ def cache(seen: Searched, options: Options) -> Float[ndarray, "q c"]:
 
 
 def tip_adapter(seen: Searched, options: Options) -> Float[ndarray, "q c"]:
-    """softmax(log p + α Σ exp(−β (1 − q·k)) onehot(y)): labels added to the logits.
+    """softmax(log p + α Σ exp(−β (1 − q·k)) onehot(y)): labels added to the logits, of the nearest 200 here.
 
     References
     ----------
