@@ -405,7 +405,7 @@ def write_gallery(seen: Seen, train: Cifar100, test: Cifar100, folder: Path, pic
         inside = seen.answers.inside[moved[1]]
         rows = np.concatenate([moved[1][inside][:1], moved[1][~inside][:1], moved[-1][:1]])
         roses_figure(tuple(roses_of(seen, rows, train)), train, test).savefig(picture, dpi=70)
-        Image.open(picture).quantize(dither=Image.Dither.NONE).save(picture, optimize=True)
+        Image.open(picture).convert("RGB").quantize().save(picture, optimize=True)
 
 
 def roses_of(seen: Seen, rows: Int64[ndarray, " r"], train: Cifar100) -> list[Rose]:
