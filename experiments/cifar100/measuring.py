@@ -1,6 +1,8 @@
 """Choose a setting on held-out images with one network, measure it on the test images with another."""
 
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,9 @@ from numpy import ndarray
 from torch import nn
 
 from experiments.cifar100.comparisons import Seen
-from experiments.results_file import Row
+from experiments.results_file import ResultFile, Row
 from residual_memory.correction import to_probabilities
-from residual_memory.demo.cifar100 import Cifar100, held_out_split
+from residual_memory.demo.cifar100 import Cifar100, find_cifar100, held_out_split, read_cifar100
 from residual_memory.demo.images import Images
 from residual_memory.demo.networks import CifarNetwork, CifarResNet
 from residual_memory.demo.run import BEST, KRIGING_NEIGHBORS, N_NEIGHBORS, PLAIN
@@ -45,6 +47,19 @@ class Chosen:
     setting: Setting
     held_out_gain: float
     temperature: float
+
+
+def opened(name: str, data: str, *, quick: bool, fresh: bool) -> tuple[Cifar100, Cifar100, ResultFile]:
+    """Training and test images, and the result file of a recipe; if quick, a slice of them and a file elsewhere."""
+    folder = find_cifar100()
+    if folder is None:
+        raise SystemExit("CIFAR-100 was not found; run `make data`, or set RESMEM_DATA")
+    train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
+    command = f"python -m experiments {name}"
+    if not quick:
+        return train, test, ResultFile(name, command, data, fresh=fresh)
+    elsewhere = Path(tempfile.mkdtemp())
+    return train.first(5_000), test.first(1_000), ResultFile(name, command, data, fresh=fresh, folder=elsewhere)
 
 
 def keys_for(network: CifarNetwork, choice: KeyChoice = BEST) -> KeyChoice:

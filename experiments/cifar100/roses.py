@@ -8,7 +8,6 @@ are chosen on the 5,000 held-out images, which it never saw and in which all cla
 "tuned in proportion" choose them on some of the 5,000, in which classes are as frequent as in the long tail.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,12 +21,13 @@ from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 from PIL import Image
 
+from experiments.cifar100.measuring import opened
 from experiments.cifar100.networks import trained
 from experiments.cifar100.samples import SAMPLES
-from experiments.results_file import RESULTS, ResultFile, Row
+from experiments.results_file import ResultFile, Row
 from residual_memory.correction import ResidualKNN
 from residual_memory.demo.assets import shipped_network
-from residual_memory.demo.cifar100 import Cifar100, find_cifar100, held_out_split, read_cifar100, user_cache
+from residual_memory.demo.cifar100 import Cifar100, held_out_split, user_cache
 from residual_memory.demo.images import Images
 from residual_memory.demo.networks import CifarNetwork
 from residual_memory.demo.report import _rose, roses_figure
@@ -170,15 +170,9 @@ class Seen:
 
 def run(*, quick: bool, fresh: bool) -> None:
     """Measure every row that the result file does not hold yet, write pictures and gallery, and print the tables."""
-    folder = find_cifar100()
-    if folder is None:
-        raise SystemExit("CIFAR-100 was not found; run `make data`, or set RESMEM_DATA")
-    train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
-    choices, written, pages = [PLAIN, BEST], RESULTS, user_cache() / NAME
-    if quick:
-        train, test, choices, written = train.first(5_000), test.first(1_000), [PLAIN], Path(tempfile.mkdtemp())
-        pages = written / NAME
-    results = ResultFile(NAME, f"python -m experiments {NAME}", DATA, folder=written, fresh=fresh)
+    train, test, results = opened(NAME, DATA, quick=quick, fresh=fresh)
+    choices = [PLAIN] if quick else [PLAIN, BEST]
+    pages = (results.path.parent if quick else user_cache()) / NAME
     for choice in choices:
         name, shown = f"resnet8 {choice.name}", choice is choices[-1]
         if not results.holds(name, 0) or (shown and not (pages / "index.html").exists()):

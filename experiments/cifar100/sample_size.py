@@ -5,17 +5,15 @@ chosen on the 5,000 held-out images, which no sample but the whole contains; the
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.cifar100.measuring import Chosen, choose, figures, predicted, see
+from experiments.cifar100.measuring import Chosen, choose, figures, opened, predicted, see
 from experiments.cifar100.networks import trained, weights_file
 from experiments.cifar100.samples import FRACTIONS, SAMPLES
-from experiments.results_file import RESULTS, ResultFile, Row
-from residual_memory.demo.cifar100 import find_cifar100, read_cifar100
+from experiments.results_file import RESULTS, Row
 from residual_memory.demo.run import BEST, PLAIN
 from residual_memory.metrics import Z95
 from residual_memory.models.base import KeyChoice
@@ -30,15 +28,8 @@ PICTURE = Path(__file__).parents[2] / "docs" / "images" / "sample-size.png"
 
 def run(*, quick: bool, fresh: bool) -> None:
     """Measure every row that the result file does not hold yet, draw the figure, and print the table."""
-    folder = find_cifar100()
-    if folder is None:
-        raise SystemExit("CIFAR-100 was not found; run `make data`, or set RESMEM_DATA")
-    train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
-    if quick:
-        train, test = train.first(5_000), test.first(1_000)
     data = "CIFAR-100 training samples of 10 % to 100 %, official test split; settings from 5,000 held-out images"
-    where = {"folder": Path(tempfile.mkdtemp())} if quick else {}
-    results = ResultFile(NAME, f"python -m experiments {NAME}", data, fresh=fresh, **where)
+    train, test, results = opened(NAME, data, quick=quick, fresh=fresh)
     for choice in (PLAIN,) if quick else (PLAIN, BEST):
         chosen: Chosen | None = None
         for fraction in (0.1, 1.0) if quick else FRACTIONS:

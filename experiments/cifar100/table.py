@@ -6,7 +6,6 @@ on those 45,000 alone and half as long, so they choose their own.
 """
 
 import json
-import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from experiments.cifar100.measuring import (
     compared,
     cost,
     figures,
+    opened,
     predicted,
     see,
     see_held_out,
@@ -40,7 +40,7 @@ from residual_memory.demo.assets import (
     shipped_network,
     write_keys,
 )
-from residual_memory.demo.cifar100 import Cifar100, find_cifar100, read_cifar100
+from residual_memory.demo.cifar100 import Cifar100
 from residual_memory.demo.networks import CifarNetwork, CifarResNet
 from residual_memory.demo.report import roses_figure
 from residual_memory.demo.run import BEST, FINE, PLAIN, Measured, find_roses
@@ -60,15 +60,8 @@ PICTURES = Path(__file__).parents[2] / "docs" / "images"
 
 def run(*, quick: bool, fresh: bool) -> None:
     """Measure every row that the result file does not hold yet, and print the table."""
-    folder = find_cifar100()
-    if folder is None:
-        raise SystemExit("CIFAR-100 was not found; run `make data`, or set RESMEM_DATA")
-    train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
-    if quick:
-        train, test = train.first(5_000), test.first(1_000)
     data = "CIFAR-100, official test split (10,000); settings from 5,000 held-out training images"
-    folder_of_results = {"folder": Path(tempfile.mkdtemp())} if quick else {}
-    results = ResultFile(NAME, f"python -m experiments {NAME}", data, fresh=fresh, **folder_of_results)
+    train, test, results = opened(NAME, data, quick=quick, fresh=fresh)
     table = _Table(results, train, test)
     for choice in (PLAIN,) if quick else CHOICES:
         table.resnet8(choice, (0,) if quick else SEEDS)
@@ -130,6 +123,7 @@ class _Table:
         base = None
         for name in FAMILY:
             if not weights_file(name, "90%", SHORT_STEPS, 0).exists():
+                print(f"{name}: not trained on the 45,000 images, so not measured; see experiments/runs/cifar100.sh")
                 continue
             network = trained(name, "90%", SHORT_STEPS)
             for choice in (PLAIN, BEST):

@@ -14,7 +14,7 @@ from residual_memory.errors import DimensionMismatch, FewerNeighbors, InvalidInp
 from residual_memory.indexes.base import Index, Reject, nearest
 from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import IndexSpec, build_index
-from residual_memory.kernels import KRIGING, as_nugget, kernel_named, kriging_weights
+from residual_memory.kernels import KRIGING, as_nugget, check_kernel, kernel_named, kriging_weights
 from residual_memory.memory import Memory, Snapshot
 from residual_memory.types import Neighbors
 from residual_memory.validation import (
@@ -101,8 +101,7 @@ class ResidualKNN:
         self.memory = memory
         self.n_neighbors = as_count("n_neighbors", n_neighbors)
         self.kernel = kernel
-        if kernel != KRIGING:
-            kernel_named(kernel)
+        check_kernel(kernel)
         self.nugget = as_nugget(nugget)
         self.temperature = as_positive("temperature", temperature)
         _check_temperature(memory, self.temperature)

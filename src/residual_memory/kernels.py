@@ -149,8 +149,23 @@ def kernel_named(name: str) -> Kernel:
     InvalidInput : if there is none of that name.
     """
     if name not in KERNELS:
-        raise InvalidInput(f"kernel is {name!r}, expected one of {', '.join(map(repr, WEIGHTINGS))}")
+        raise _no_kernel(name)
     return KERNELS[name]
+
+
+def check_kernel(name: str) -> None:
+    """Refuse a name that is neither a kernel's nor kriging.
+
+    Raises
+    ------
+    InvalidInput : naming those that there are.
+    """
+    if name not in WEIGHTINGS:
+        raise _no_kernel(name)
+
+
+def _no_kernel(name: str) -> InvalidInput:
+    return InvalidInput(f"kernel is {name!r}, expected one of {', '.join(map(repr, WEIGHTINGS))}")
 
 
 def _normalized_exponentials(

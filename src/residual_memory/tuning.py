@@ -18,7 +18,7 @@ from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
 from residual_memory.gate import fit_gate
 from residual_memory.indexes.distances import distances_among
-from residual_memory.kernels import KRIGING, as_nugget, kernel_named
+from residual_memory.kernels import KRIGING, as_nugget, check_kernel
 from residual_memory.memory import Memory, Snapshot
 from residual_memory.metrics import log_losses
 from residual_memory.residuals import tempered
@@ -227,8 +227,7 @@ def _search(
         raise InvalidInput("n_neighbors is empty, expected at least one value to try")
     counts = [k for k in wanted if k <= len(memory)] or [max(len(memory), 1)]
     for kernel in kernels:
-        if kernel != KRIGING:
-            kernel_named(kernel)
+        check_kernel(kernel)
     knn = ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, index=index)
     snapshot, found = knn.search(keys, counts[-1], exclude)
     return snapshot, found, counts
