@@ -21,8 +21,9 @@ from residual_memory.correction import ResidualKNN, correct, to_probabilities
 from residual_memory.errors import DimensionMismatch, FingerprintMismatch, InSampleResiduals, InvalidInput
 from residual_memory.evaluation import Setting
 from residual_memory.memory import Memory
-from residual_memory.models import torch as models
-from residual_memory.models.torch import ResMemModule, Watch, build_memory, exportable, fingerprint, observe, pooled
+from residual_memory.models import watching
+from residual_memory.models.torch import ResMemModule, Watch, build_memory, exportable, observe
+from residual_memory.models.watching import fingerprint, pooled
 from residual_memory.residuals import temper
 from tests import reference
 from tests.models.nets import (
@@ -737,8 +738,8 @@ def test_the_fingerprint_sees_every_value_of_a_small_model_and_a_buffer_too() ->
 
 
 def test_the_fingerprint_of_a_large_model_samples_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "FULLY_HASHED", 0)
-    monkeypatch.setattr(models, "HASHED_SAMPLE", 3)
+    monkeypatch.setattr(watching, "FULLY_HASHED", 0)
+    monkeypatch.setattr(watching, "HASHED_SAMPLE", 3)
     model = nn.Linear(5, 5)
     before = fingerprint(model)
     model.bias.data[1] += 1  # 0, 2 and 4 are the sample

@@ -293,7 +293,8 @@ def _images(say: Say, progress: bool) -> Path | None:
 
 def _from_images(folder: Path, say: Say, progress: bool) -> tuple[DemoResult, tuple[Cifar100, Cifar100]]:
     from residual_memory.demo.images import Images
-    from residual_memory.models.torch import build_memory, fingerprint, observe
+    from residual_memory.models.torch import build_memory, observe
+    from residual_memory.models.watching import fingerprint
 
     train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
     choosing, final = shipped_network("resnet8-45000"), shipped_network("resnet8-50000")

@@ -1,5 +1,6 @@
 """What every framework shares: where keys come from, and the memory that is filled from a stream of observations."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -9,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from residual_memory.errors import FingerprintMismatch, InSampleResiduals
+from residual_memory.errors import FingerprintMismatch, InSampleResiduals, InvalidInput
 from residual_memory.memory import Memory
+from residual_memory.memory.format import MANIFEST
 from residual_memory.memory.memory import SEGMENT_BYTES
 from residual_memory.types import Metric, Observations, TopM
 
@@ -180,3 +182,30 @@ def _joined(predictions: list[Any]) -> Any:
 def _joined_groups(batches: list[Observations]) -> Any:
     groups = [batch.groups for batch in batches if batch.groups is not None]
     return np.concatenate(groups) if groups else None
+
+
+def opened(path: str | os.PathLike[str] | None, source: Source, **options: Any) -> Memory:
+    """A new memory, or the one that an earlier call began."""
+    if path is None or not os.path.exists(os.path.join(path, MANIFEST)):
+        return Memory.create(path, source=source.to_dict(), **options)
+    memory = Memory.open(path, writable=True)
+    try:
+        if memory.source is None:
+            raise InvalidInput(f"{path} holds a memory that was not built from a model; name another path")
+        Source.from_dict(memory.source).check(source, place_of_memory(memory), data=True)
+        for name, wanted in options.items():
+            held = getattr(memory.layout, name, wanted)
+            if held != wanted:
+                raise FingerprintMismatch(
+                    f"the memory {place_of_memory(memory)} was built with {name} {held!r}, but this is {wanted!r}; "
+                    "build with the same, or name another path"
+                )
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def place_of_memory(memory: Memory) -> str:
+    """Where a memory is, for messages."""
+    return "in RAM" if memory.path is None else f"at {memory.path}"

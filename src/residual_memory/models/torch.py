@@ -1,28 +1,42 @@
 """Any torch model: its memory built from a data set, its corrected predictions, and a form that can be exported."""
 
 import copy
-import difflib
-import hashlib
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.errors import DimensionMismatch, FingerprintMismatch, InvalidInput, MissingExtra
+from residual_memory.errors import DimensionMismatch, InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import Explanation, explain
 from residual_memory.memory import Memory
-from residual_memory.memory.format import MANIFEST
-from residual_memory.models.base import Builder, KeyChoice, Side, Source, warn_if_in_sample
+from residual_memory.models.base import (
+    Builder,
+    KeyChoice,
+    Side,
+    Source,
+    opened,
+    place_of_memory,
+    warn_if_in_sample,
+)
+from residual_memory.models.watching import (
+    device_of,
+    digest_of,
+    evaluating,
+    fingerprint,
+    first_tensor,
+    moved_to,
+    name_of,
+    places_of,
+    pooled,
+    watching,
+)
 from residual_memory.progress import progress_bar
 from residual_memory.residuals import temper
 from residual_memory.tuning import TuningResult, tune
@@ -32,7 +46,6 @@ from residual_memory.validation import as_count, as_ids, as_labels, as_predictio
 try:
     import torch
     from torch import Tensor, nn
-    from torch.nn import functional
     from torch.utils.data import DataLoader, Dataset, Subset
 except ImportError as error:
     raise MissingExtra("torch models", "torch") from error
@@ -40,8 +53,6 @@ except ImportError as error:
 Outputs = Literal["logits", "probabilities", "log-probabilities"]
 Layer = str | Callable[[Any], Tensor] | None
 
-FULLY_HASHED = 256 << 20  # bytes of parameters; a larger model is hashed by a sample of each tensor
-HASHED_SAMPLE = 1 << 14
 HELD_OUT_ROWS = 2_000
 
 
@@ -127,12 +138,12 @@ def build_memory(
     chosen_task = watch.task
     if verbose:
         print(f"keys: {watch.side} of {watch.layer_name!r}, {probe.keys.shape[1]} numbers", file=sys.stderr)
-    known: dict[str, Any] = {"n_rows": n_items, "first_item": _digest_of_item(first)}
+    known: dict[str, Any] = {"n_rows": n_items, "first_item": digest_of(first)}
     rows = _WithCopies(dataset, copies) if copies else dataset
     if copies:
-        names = [_name_of(function) for function in copies]
+        names = [name_of(function) for function in copies]
         firsts = [
-            _digest_of_item(_same_item(rows, place * n_items, f"item 0 as {name} sees it"))
+            digest_of(_same_item(rows, place * n_items, f"item 0 as {name} sees it"))
             for place, name in enumerate(names, 1)
         ]
         known |= {"copies": names, "first_copies": firsts}
@@ -142,7 +153,7 @@ def build_memory(
     if own_ids is not None and (copies or len(np.unique(own_ids)) < n_items):
         raise InvalidInput("ids must differ from item to item, and cannot be given with copies")
     width = probe.predictions.shape[1] if own is None else own.shape[1]  # type: ignore[union-attr]
-    memory = _opened(
+    memory = opened(
         path,
         source,
         dim=probe.keys.shape[1],
@@ -360,7 +371,7 @@ class Watch:
         self.model, self.side, self.pool = model, side, as_count("pool", pool)
         self._layer, self._outputs, self._task, self._autocast = layer, outputs, task, autocast
         if isinstance(layer, str):
-            _places(model, layer, side)
+            places_of(model, layer, side)
 
     @property
     def task(self) -> Task:
@@ -372,7 +383,7 @@ class Watch:
     @property
     def layer_name(self) -> str:
         """Dotted name of the layer, or the name of the function that gives keys."""
-        return _name_of(self._layer) if callable(self._layer) else self._layer or ""
+        return name_of(self._layer) if callable(self._layer) else self._layer or ""
 
     def source(self, data: Mapping[str, Any]) -> Source:
         """The fingerprint of model and layer, with what is known of the data."""
@@ -394,10 +405,10 @@ class Watch:
             self._layer = _last_linear(self.model, lambda: self.forward(inputs))
         if callable(self._layer):
             raw = self.forward(inputs)
-            with _evaluating(self.model), torch.inference_mode():
-                keys = self._layer(_moved(inputs, _device(self.model)))
+            with evaluating(self.model), torch.inference_mode():
+                keys = self._layer(moved_to(inputs, device_of(self.model)))
         else:
-            with _watching(self.model, self._layer, self.side) as seen:
+            with watching(self.model, self._layer, self.side) as seen:
                 raw = self.forward(inputs)
             return _tensor_of(raw), seen(self.pool)
         return _tensor_of(raw), pooled(keys, self.pool)
@@ -410,9 +421,9 @@ class Watch:
 
     def forward(self, inputs: Any) -> Any:
         """The model's raw outputs of a batch, in eval mode and without gradients."""
-        device = _device(self.model)
-        moved = _moved(inputs, device)
-        with _evaluating(self.model), torch.inference_mode():
+        device = device_of(self.model)
+        moved = moved_to(inputs, device)
+        with evaluating(self.model), torch.inference_mode():
             with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
                 if isinstance(moved, Mapping):
                     return self.model(**moved)
@@ -489,7 +500,7 @@ class Exportable(nn.Module):
         self.model, self._layer, self._side, self._pool = copy.deepcopy(model).eval(), layer, side, pool
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with _watching(self.model, self._layer, self._side) as seen:
+        with watching(self.model, self._layer, self._side) as seen:
             raw = self.model(*inputs)
         return _tensor_of(raw), seen(self._pool)
 
@@ -515,42 +526,6 @@ def exportable(model: nn.Module, memory: Memory) -> Exportable:
     return Exportable(model, built.layer, built.side, built.pool)
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Class and SHA-256 of a model's parameters and buffers: names, types, shapes and values.
-
-    Models of more than 256 MiB are hashed by evenly spaced values of each tensor.
-    """
-    state = model.state_dict()
-    total = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().reshape(-1)
-        if total > FULLY_HASHED and flat.numel() > HASHED_SAMPLE:
-            flat = flat[torch.linspace(0, flat.numel() - 1, HASHED_SAMPLE, device=flat.device).long()]
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    kind = type(model)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "sha256": digest.hexdigest()}
-
-
-def pooled(keys: Tensor, pool: int) -> Float[Tensor, "b d"]:
-    """Keys [b d] from what a layer gives: feature maps are averaged to pool × pool cells, sequences over time."""
-    keys = keys.float()
-    if keys.ndim == 3:
-        return keys.mean(1)
-    if keys.ndim == 4:
-        return functional.adaptive_avg_pool2d(keys, pool).flatten(1)
-    if keys.ndim == 5:
-        return functional.adaptive_avg_pool3d(keys, pool).flatten(1)
-    if keys.ndim != 2:
-        raise InvalidInput(
-            f"the layer gives a tensor of shape {tuple(keys.shape)}, expected a batch of vectors or maps"
-        )
-    return keys
-
-
 def _watch_of(
     model: nn.Module,
     memory: Memory,
@@ -568,7 +543,7 @@ def _watch_of(
         side, pool = built.side, built.pool
     watch = Watch(model, layer, side, pool=pool, task=memory.layout.task, **options)
     if built is not None:
-        built.check(watch.source(built.data), _place(memory), data=False)
+        built.check(watch.source(built.data), place_of_memory(memory), data=False)
     return watch
 
 
@@ -602,83 +577,6 @@ class _WithCopies(Dataset[Any]):
         copy, original = divmod(item, len(self._dataset))  # type: ignore[arg-type]
         x, y = self._dataset[original]
         return (self._copies[copy - 1](x) if copy else x), y
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-
-def _places(model: nn.Module, layer: str, side: Side) -> list[tuple[str, nn.Module, Side]]:
-    """Name, module and side of each part of a layer's name."""
-    places = []
-    for part in layer.split("+"):
-        name, at, own = part.strip().partition("@")
-        if at and own not in get_args(Side):
-            raise InvalidInput(f"{part.strip()!r} ends in {own!r}, expected 'input' or 'output' after the @")
-        chosen: Side = "input" if (own or side) == "input" else "output"
-        places.append((name, _module_named(model, name), chosen))
-    return places
-
-
-@contextmanager
-def _watching(model: nn.Module, layer: str, side: Side) -> Iterator[Callable[[int], Tensor]]:
-    """Watch every part of a layer's name while the context lasts; the function given turns what passed into keys."""
-    with ExitStack() as stack:
-        caught = [
-            (name, stack.enter_context(_captured(module, own))) for name, module, own in _places(model, layer, side)
-        ]
-
-        def keys(pool: int) -> Float[Tensor, "b d"]:
-            parts = [pooled(_only(passed, name), pool) for name, passed in caught]
-            return parts[0] if len(parts) == 1 else torch.cat([functional.normalize(part, dim=1) for part in parts], 1)
-
-        yield keys
-
-
-@contextmanager
-def _captured(layer: nn.Module, side: Side) -> Iterator[list[Tensor]]:
-    """What passes through the layer on this thread while the context lasts."""
-    caught: list[Tensor] = []
-    thread = threading.get_ident()
-
-    def note(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any = None) -> None:
-        del module
-        if threading.get_ident() == thread:
-            caught.append(_first_tensor((*inputs, *options.values()) if side == "input" else result).clone())
-
-    if side == "input":
-        handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-    else:
-        handle = layer.register_forward_hook(note, with_kwargs=True)
-    try:
-        yield caught
-    finally:
-        handle.remove()
-
-
-_evaluated: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-_switching = threading.Lock()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; the last thread to leave gives every module back its own mode."""
-    with _switching:
-        inside, training = _evaluated.get(model, (0, []))
-        training += [module for module in model.modules() if module.training]
-        for module in training:
-            module.training = False
-        _evaluated[model] = inside + 1, training
-    try:
-        yield
-    finally:
-        with _switching:
-            inside, training = _evaluated.pop(model)
-            if inside > 1:
-                _evaluated[model] = inside - 1, training
-            else:
-                for module in training:
-                    module.training = True
 
 
 def _last_linear(model: nn.Module, forward: Callable[[], Any]) -> str:
@@ -723,36 +621,9 @@ def _last_maps(model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None
     return (ran[-1][0], convolutions[-1]) if convolutions else (None, None)
 
 
-def _module_named(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        names = [known for known, _ in model.named_modules() if known]
-        close = difflib.get_close_matches(name, names, 3) or names[-5:]
-        raise InvalidInput(f"the model has no layer {name!r}; did you mean {' or '.join(map(repr, close))}?") from None
-
-
-def _only(caught: Sequence[Tensor], name: str) -> Tensor:
-    if len(caught) != 1:
-        raise InvalidInput(
-            f"the layer {name!r} ran {len(caught)} times in one forward pass, expected once; name another layer"
-        )
-    return caught[0]
-
-
-def _first_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    for part in parts:
-        if isinstance(part, Tensor):
-            return part
-    raise InvalidInput(f"the layer passes a {type(value).__name__} without a tensor in it; name another layer")
-
-
 def _tensor_of(raw: Any) -> Float[Tensor, "b c"]:
     """The outputs in what a model gave: a tensor, something with .logits, or the first tensor of a tuple."""
-    tensor = raw.logits if hasattr(raw, "logits") else _first_tensor(raw)
+    tensor = raw.logits if hasattr(raw, "logits") else first_tensor(raw)
     tensor = tensor.float()
     tensor = tensor[:, None] if tensor.ndim == 1 else tensor
     if tensor.ndim != 2:
@@ -760,21 +631,6 @@ def _tensor_of(raw: Any) -> Float[Tensor, "b c"]:
             f"the model's output has shape {tuple(tensor.shape)}, expected one row of outputs an example"
         )
     return tensor
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    if isinstance(inputs, Mapping):
-        return {name: _moved(value, device) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_moved(value, device) for value in inputs)
-    return inputs
 
 
 def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
@@ -786,29 +642,9 @@ def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
 def _same_item(dataset: "Dataset[Any]", row: int, name: str) -> Any:
     """An item, after making sure that it is the same when read again."""
     first, again = dataset[row], dataset[row]
-    if _digest_of_item(first) != _digest_of_item(again):
+    if digest_of(first) != digest_of(again):
         raise InvalidInput(f"{name} differs when it is read twice: switch random augmentation off for the build")
     return first
-
-
-def _digest_of_item(item: Any) -> str:
-    digest = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, Mapping):
-            for name in sorted(part):
-                add(name)
-                add(part[name])
-        elif isinstance(part, tuple | list):
-            for value in part:
-                add(value)
-        else:
-            array = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(repr(part).encode() if array.dtype == object else array.tobytes())
-
-    add(item)
-    return digest.hexdigest()
 
 
 def _out_of_fold(predictions: ArrayLike | None, task: Task, n_rows: int) -> Float[ndarray, "n c"] | None:
@@ -818,32 +654,6 @@ def _out_of_fold(predictions: ArrayLike | None, task: Task, n_rows: int) -> Floa
     if len(checked) != n_rows:
         raise DimensionMismatch(f"there are {len(checked):,} out-of-fold predictions for {n_rows:,} examples")
     return checked
-
-
-def _opened(path: str | os.PathLike[str] | None, source: Source, **options: Any) -> Memory:
-    """A new memory, or the one that an earlier call began."""
-    if path is None or not os.path.exists(os.path.join(path, MANIFEST)):
-        return Memory.create(path, source=source.to_dict(), **options)
-    memory = Memory.open(path, writable=True)
-    try:
-        if memory.source is None:
-            raise InvalidInput(f"{path} holds a memory that was not built from a model; name another path")
-        Source.from_dict(memory.source).check(source, _place(memory), data=True)
-        for name, wanted in options.items():
-            held = getattr(memory.layout, name, wanted)
-            if held != wanted:
-                raise FingerprintMismatch(
-                    f"the memory {_place(memory)} was built with {name} {held!r}, but this is {wanted!r}; "
-                    "build with the same, or name another path"
-                )
-    except BaseException:
-        memory.close()
-        raise
-    return memory
-
-
-def _place(memory: Memory) -> str:
-    return "in RAM" if memory.path is None else f"at {memory.path}"
 
 
 def _losses(seen: Observations, task: Task) -> Float[ndarray, " b"]:
