@@ -1,3 +1,4 @@
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from residual_memory.memory import Column
 from tests import reference
 from tests.contracts.index_contract import IndexContract, clustered, column
 from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of
+
+needs_scann = pytest.mark.skipif(importlib.util.find_spec("scann") is None, reason="scann is not installed")
 
 
 class TestExactFaiss(IndexContract):
@@ -39,6 +42,20 @@ class TestProductQuantisation(IndexContract):
     spec = "faiss:IVF16,PQ8x4fs?nprobe=16"
     exact = False
     least_recall = 0.97
+
+
+@needs_scann
+class TestScann(IndexContract):
+    spec = "scann"
+    exact = False
+    least_recall = 0.97
+
+
+@needs_scann
+class TestScannOfCoarserCodes(IndexContract):
+    spec = "scann:num_leaves=16,dimensions_per_block=4?num_leaves_to_search=16&k_factor=20"
+    exact = False
+    least_recall = 0.95
 
 
 def test_a_trailing_rflat_is_dropped_since_every_shortlist_is_rescored() -> None:
@@ -94,7 +111,7 @@ def test_auto_is_exact_up_to_a_million_rows_and_quantised_beyond(monkeypatch: py
         built.append(spec)
         return ExactNumpy(keys, first, len(keys))
 
-    monkeypatch.setattr(registry, "_faiss", remember)
+    monkeypatch.setitem(registry.ENGINES, "faiss", remember)
     wide = column(np.zeros((2, 512), np.float32))
     build_index(IndexSpec.parse("auto?nprobe=3"), wide, 0, 1_000_001)
     assert built == [IndexSpec("faiss", "IVF2048,PQ256x4fs", {"nprobe": "3"})]
@@ -144,8 +161,78 @@ def test_a_spec_that_cannot_be_built_is_refused_however_many_rows_there_are(spec
         build_index(IndexSpec.parse(spec), keys, 0, n)
 
 
+BAD_SCANN_SPECS = [
+    "scann:IVF16",
+    "scann:num_leaves",
+    "scann:num_leaves=many",
+    "scann:num_leaves=0",
+    "scann:num_leaves=inf",
+    "scann:num_leaves_to_search=4",
+    "scann?num_leaves=4",
+    "scann?nprobe=4",
+    "scann?num_leaves_to_search=0",
+    "scann?k_factor=nan",
+]
+
+
+@needs_scann
+@pytest.mark.parametrize("spec", BAD_SCANN_SPECS)
+@pytest.mark.parametrize("n", [10, 800])
+def test_a_scann_spec_that_cannot_be_built_is_refused_however_many_rows_there_are(spec: str, n: int) -> None:
+    keys = column(classification(n=n, d=8).keys)
+    with pytest.raises(InvalidInput):
+        build_index(IndexSpec.parse(spec), keys, 0, n)
+
+
+@needs_scann
+@pytest.mark.parametrize(("spec", "n"), [("scann", 255), ("scann:num_leaves=50", 799)])
+def test_too_few_rows_for_scann_are_searched_exactly(spec: str, n: int) -> None:
+    problem = classification(n=n)
+    keys = column(problem.keys)
+    part = build_index(IndexSpec.parse(spec), keys, 0, n)
+    assert part.description.startswith("exact")
+    _, rows = reference.neighbors(problem.keys, problem.queries, 7)
+    np.testing.assert_array_equal(nearest([part], keys, problem.queries, 7).rows, rows)
+
+
+@needs_scann
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_keys_and_queries_that_would_end_scann_are_stopped_before_it(bad: float) -> None:
+    problem = clustered()
+    part = build_index(IndexSpec.parse("scann"), column(problem.keys), 0, 800)
+    keys, queries = problem.keys.copy(), problem.queries.copy()
+    keys[700, 3] = queries[5, 3] = bad
+    with pytest.raises(InvalidInput, match=r"keys are not finite, or too long for ScaNN.*use 'exact'"):
+        build_index(IndexSpec.parse("scann"), column(keys), 0, 800)
+    with pytest.raises(InvalidInput, match="queries are not finite"):
+        part.candidates(queries, 5)
+    with pytest.raises(InvalidInput, match="dimension 7"):
+        part.candidates(problem.queries[:, :7], 5)
+
+
+@needs_scann
+def test_a_query_whose_leaf_of_scann_holds_too_few_rows_finds_fewer() -> None:
+    problem = clustered()
+    keys = column(problem.keys)
+    part = build_index(IndexSpec.parse("scann?num_leaves_to_search=1"), keys, 0, 800)
+    found = nearest([part], keys, problem.queries, 300)
+    assert (found.rows[:, 0] >= 0).all()
+    assert (found.rows[:, -1] == -1).all()
+    np.testing.assert_array_equal(np.isinf(found.distances), found.rows < 0)
+
+
+@needs_scann
+def test_many_queries_of_scann_find_what_few_do() -> None:
+    problem = clustered(q=600)
+    keys = column(problem.keys)
+    part = build_index(IndexSpec.parse("scann?num_leaves_to_search=2"), keys, 0, 800)
+    together = part.candidates(problem.queries, 5).rows
+    np.testing.assert_array_equal(together[:40], part.candidates(problem.queries[:40], 5).rows)
+
+
 @pytest.mark.parametrize(
-    ("spec", "module"), [("exact:faiss", "faiss"), ("exact:torch", "torch"), ("faiss:Flat", "faiss")]
+    ("spec", "module"),
+    [("exact:faiss", "faiss"), ("exact:torch", "torch"), ("faiss:Flat", "faiss"), ("scann", "scann")],
 )
 def test_an_engine_that_is_not_installed_says_how_to_install_it(
     spec: str, module: str, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ neither on the engine's arithmetic, nor on blocks, parts or the order of the row
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from residual_memory.types import Neighbors
 WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a time
 
 Reject = Callable[[Int64[ndarray, " m"], Int64[ndarray, "m s"]], Bool[ndarray, "m s"]]
+
+Pieces = Mapping[str, bytes | memoryview]  # what an engine built, as named bytes
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Candidates:
 class Index(ABC):
     """An engine over rows `first` … `first + n_rows − 1` of a key source; immutable once built.
 
-    A new engine implements `candidates` in a file of its own and a line in `indexes.registry`; the battery in
+    A new engine implements the methods in a file of its own and a line in `indexes.registry`; the battery in
     ``tests/contracts/index_contract.py`` says whether it is right.
     """
 
@@ -49,6 +51,10 @@ class Index(ABC):
     @abstractmethod
     def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
         """At least `n_neighbors` likely rows for each query (all rows where there are fewer)."""
+
+    @abstractmethod
+    def saved(self) -> Pieces:
+        """What was built, for the engine's builder to take as `stored`; empty where there is nothing worth keeping."""
 
     @property
     @abstractmethod

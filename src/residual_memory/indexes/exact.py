@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Candidates, Index
+from residual_memory.indexes.base import Candidates, Index, Pieces
 from residual_memory.indexes.distances import KeySource, squared_error
 
 KEYS_PER_BLOCK = 1 << 16
@@ -68,6 +68,9 @@ class ExactFaiss(Index):
         squared, rows = self._flat.search(centred, min(n_neighbors, self.n_rows))
         return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
 
+    def saved(self) -> Pieces:
+        return {}  # the keys themselves, which the memory has
+
     @property
     def description(self) -> str:
         return "exact (faiss Flat)"
@@ -117,6 +120,9 @@ class ExactTorch(Index):
             rows = places.gather(1, chosen)
         return best + norms, rows
 
+    def saved(self) -> Pieces:
+        return {}  # the keys themselves, which the memory has
+
     @property
     def description(self) -> str:
         return f"exact (torch on {self._device})"
@@ -145,6 +151,9 @@ class ExactNumpy(Index):
             start += len(block)
         squared += np.einsum("qd,qd->q", centred, centred)[:, None]
         return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
+
+    def saved(self) -> Pieces:
+        return {}  # the keys themselves, which the memory has
 
     @property
     def description(self) -> str:

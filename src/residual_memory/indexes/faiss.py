@@ -7,14 +7,15 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Candidates, Index
+from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.indexes.base import Candidates, Index, Pieces
 from residual_memory.indexes.distances import KeySource
 
 TRAINING_ROWS_PER_CELL = 64
 ADDED_PER_BLOCK = 1 << 16
 # Quantised codes rank coarsely: measured recall at 2, 4 and 10 times k was 0.775, 0.92 and 0.99.
 QUANTISED_FACTOR, UNQUANTISED_FACTOR = 10.0, 1.0
+_PIECE = "index"
 
 
 class Faiss(Index):
@@ -25,31 +26,55 @@ class Faiss(Index):
     factory : faiss's own spec, for example "IVF1024,PQ64x4fs". A trailing ",RFlat" is accepted and dropped: every
         shortlist is re-scored from the stored keys anyway, which costs no second copy of them.
     options : `nprobe`, `efSearch`, … as faiss names them, and `k_factor`: how many times k the shortlist is long.
+    stored : what `saved` gave; None trains and fills the index.
+
+    Raises
+    ------
+    CorruptFile : if `stored` is not of such an index.
 
     References
     ----------
     Douze et al., "The Faiss library", 2024.
     """
 
-    def __init__(self, keys: KeySource, first: int, n_rows: int, *, factory: str, options: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        keys: KeySource,
+        first: int,
+        n_rows: int,
+        *,
+        factory: str,
+        options: Mapping[str, float],
+        stored: Pieces | None = None,
+    ) -> None:
         self.first, self.n_rows, self._factory = first, n_rows, factory
-        self._index, self._k_factor = empty_index(keys.width, factory, options)
-        if not self._index.is_trained:
-            self._index.train(_sample(keys, first, n_rows, TRAINING_ROWS_PER_CELL * max(_cells(factory), 256)))
-        left = n_rows
-        for block in keys.blocks(ADDED_PER_BLOCK, first):
-            if left > 0:
-                self._index.add(np.ascontiguousarray(block[:left], np.float32))
-            left -= len(block)
+        empty, self._k_factor = empty_index(keys.width, factory, options)
+        if stored is None:
+            self._index = _filled(empty, keys, first, n_rows, factory)
+        else:
+            self._index = _loaded(stored, type(empty), keys.width, n_rows)
+            _set_options(self._index, factory, options)
 
     def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
         k = min(int(n_neighbors * self._k_factor), self.n_rows)
         _, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k)
         return Candidates(np.where(rows >= 0, rows + self.first, -1), None)
 
+    def saved(self) -> Pieces:
+        import faiss
+
+        return {_PIECE: faiss.serialize_index(self._index).data}
+
     @property
     def description(self) -> str:
         return f"faiss {self._factory}"
+
+
+def version() -> str:
+    """Of the engine: what one version saved is not given to another."""
+    import faiss
+
+    return faiss.__version__
 
 
 def required_rows(factory: str) -> int:
@@ -73,10 +98,9 @@ def empty_index(dim: int, factory: str, options: Mapping[str, float]) -> tuple[A
     """
     import faiss
 
-    remaining = dict(options)
     quantised = "PQ" in factory or "SQ" in factory
-    k_factor = remaining.pop("k_factor", QUANTISED_FACTOR if quantised else UNQUANTISED_FACTOR)
-    for name, value in {"k_factor": k_factor, **remaining}.items():
+    k_factor = options.get("k_factor", QUANTISED_FACTOR if quantised else UNQUANTISED_FACTOR)
+    for name, value in {"k_factor": k_factor, **options}.items():
         if not 1 <= value < float("inf"):
             raise InvalidInput(f"index option {name} is {value:g}, expected a number of at least 1")
     try:
@@ -84,16 +108,47 @@ def empty_index(dim: int, factory: str, options: Mapping[str, float]) -> tuple[A
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].split(": ", 1)[-1]
         raise InvalidInput(f"faiss cannot make {factory!r} for keys of dimension {dim}: {reason}") from None
-    if cells := _cells(factory):
-        remaining.setdefault("nprobe", max(1, cells // 32))
-    for name, value in remaining.items():
+    _set_options(index, factory, options)
+    return index, k_factor
+
+
+def _set_options(index: Any, factory: str, options: Mapping[str, float]) -> None:
+    """How the index is queried; `nprobe` is a 32nd of the cells unless it is named."""
+    import faiss
+
+    cells = _cells(factory)
+    named = {name: value for name, value in options.items() if name != "k_factor"}
+    for name, value in ({"nprobe": max(1, cells // 32)} | named if cells else named).items():
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         except RuntimeError:
             raise InvalidInput(
                 f"index {factory!r} has no query option {name!r}; k_factor and faiss's own are known"
             ) from None
-    return index, k_factor
+
+
+def _filled(index: Any, keys: KeySource, first: int, n_rows: int, factory: str) -> Any:
+    if not index.is_trained:
+        index.train(_sample(keys, first, n_rows, TRAINING_ROWS_PER_CELL * max(_cells(factory), 256)))
+    left = n_rows
+    for block in keys.blocks(ADDED_PER_BLOCK, first):
+        if left > 0:
+            index.add(np.ascontiguousarray(block[:left], np.float32))
+        left -= len(block)
+    return index
+
+
+def _loaded(stored: Pieces, kind: type, width: int, n_rows: int) -> Any:
+    """The index that was saved, if it is of the kind that the factory makes and holds as much as it should."""
+    import faiss
+
+    try:
+        index = faiss.deserialize_index(np.frombuffer(stored[_PIECE], np.uint8))
+    except (KeyError, RuntimeError, MemoryError) as error:
+        raise CorruptFile(f"faiss cannot read a saved index: {error}") from error
+    if type(index) is not kind or (index.d, index.ntotal, index.is_trained) != (width, n_rows, True):
+        raise CorruptFile(f"a saved faiss index is {type(index).__name__} of {index.ntotal:,} x {index.d} numbers")
+    return index
 
 
 def _sample(keys: KeySource, first: int, n_rows: int, size: int) -> Float[ndarray, "s d"]:

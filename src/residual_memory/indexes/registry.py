@@ -1,17 +1,18 @@
 """From a spec string to an index.
 
-For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16".
+For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann".
 """
 
 import difflib
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from residual_memory.errors import InvalidInput, MissingExtra
-from residual_memory.indexes.base import Index
+from residual_memory.indexes.base import Index, Pieces
 from residual_memory.indexes.distances import KeySource
 
 EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
@@ -23,8 +24,8 @@ class IndexSpec:
 
     Attributes
     ----------
-    engine : "auto", "exact" or "faiss".
-    build : what stands behind the colon: a backend of "exact", a factory string of faiss.
+    engine : "auto", "exact", "faiss" or "scann".
+    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann.
     options : what stands behind the question mark.
     """
 
@@ -63,10 +64,43 @@ def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> In
     return ENGINES[spec.engine](spec, keys, first, n_rows)
 
 
-def _auto(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+def load_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+    """The index that a spec names over some rows, from what `Index.saved` gave under the same `saved_name`.
+
+    Raises
+    ------
+    InvalidInput : if an option does not fit.
+    CorruptFile : if the engine cannot read it.
+    """
+    spec = _decided(spec, keys.width, n_rows)
+    return LOADERS[spec.engine](spec, keys, first, n_rows, stored)
+
+
+def saved_name(spec: IndexSpec, width: int, n_rows: int) -> str | None:
+    """What an index of so many rows is, with the engine's version but without the options of its queries.
+
+    None is exact search, of which there is nothing to save.
+    """
+    spec = _decided(spec, width, n_rows)
+    if spec.engine not in LOADERS or not _installed(spec.engine):
+        return None
+    engine: Any = importlib.import_module(f"residual_memory.indexes.{spec.engine}")
+    if n_rows < engine.required_rows(spec.build):
+        return None
+    return f"{spec.engine} {engine.version()}:{spec.build.removesuffix(',RFlat')}"
+
+
+def _decided(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:
+    """What "auto" comes to for so many rows; every other spec as it is."""
+    if spec.engine != "auto":
+        return spec
     if n_rows <= EXACT_UP_TO or not _installed("faiss"):
-        return _exact(IndexSpec("exact", spec.build, spec.options), keys, first, n_rows)
-    return _faiss(IndexSpec("faiss", auto_factory(keys.width, n_rows), spec.options), keys, first, n_rows)
+        return replace(spec, engine="exact")
+    return replace(spec, engine="faiss", build=auto_factory(width, n_rows))
+
+
+def _auto(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+    return build_index(_decided(spec, keys.width, n_rows), keys, first, n_rows)
 
 
 def auto_factory(width: int, n_rows: int) -> str:
@@ -94,7 +128,7 @@ def _exact(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
     raise InvalidInput(f"exact search by {backend!r} is not known, expected faiss, torch or numpy")
 
 
-def _faiss(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
+def _faiss(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces | None = None) -> Index:
     _require("faiss", "faiss")
     from residual_memory.indexes.faiss import Faiss, empty_index, required_rows
 
@@ -104,14 +138,28 @@ def _faiss(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
     if n_rows < required_rows(spec.build):
         empty_index(keys.width, spec.build, options)  # a mistyped spec is refused now, not when the memory has grown
         return _exact(IndexSpec("exact"), keys, first, n_rows)
-    return Faiss(keys, first, n_rows, factory=spec.build, options=options)
+    return Faiss(keys, first, n_rows, factory=spec.build, options=options, stored=stored)
+
+
+def _scann(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces | None = None) -> Index:
+    _require("scann", "scann")
+    from residual_memory.indexes.scann import Scann, check_query_options, required_rows
+
+    options = {name: _number(name, value) for name, value in spec.options.items()}
+    check_query_options(options)
+    if n_rows < required_rows(spec.build):
+        return _exact(IndexSpec("exact"), keys, first, n_rows)
+    return Scann(keys, first, n_rows, build=spec.build, options=options, stored=stored)
 
 
 ENGINES: dict[str, Callable[[IndexSpec, KeySource, int, int], Index]] = {
     "auto": _auto,
     "exact": _exact,
     "faiss": _faiss,
+    "scann": _scann,
 }
+# Engines whose building takes long enough that what they built is worth keeping.
+LOADERS: dict[str, Callable[[IndexSpec, KeySource, int, int, Pieces], Index]] = {"faiss": _faiss, "scann": _scann}
 
 
 def _best_exact() -> str:
