@@ -12,6 +12,7 @@ from numpy import ndarray
 
 from residual_memory.correction import ResidualKNN
 from residual_memory.memory import Memory
+from residual_memory.residuals import top_m
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ def on_grid(problem: Problem, levels: int = 2) -> Problem:
     )
 
 
+M = 2  # kept by the top-m memories below
+
+# How a memory of classes may keep its rows: what holds for one holds for all.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "top-m of many classes": {"residuals": "top-m", "prediction_dtype": "float16", "n_outputs": 65_537},
+    "log8": {"residuals": "top-m", "prediction_dtype": "log8"},
+    "log16": {"residuals": "top-m", "prediction_dtype": "log16"},
+}
+
+
+def told(memory: Memory, problem: Problem) -> Any:
+    """The problem's predictions as the memory takes them."""
+    return top_m(problem.predictions, M) if memory.layout.residuals == "top-m" else problem.predictions
+
+
 def empty_memory(problem: Problem, path: Path | None = None, **options: Any) -> Memory:
     """A memory for the problem's rows, in double precision unless told otherwise."""
     settings: Mapping[str, Any] = {
@@ -91,7 +108,7 @@ def memory_of(
 ) -> Memory:
     """A memory that holds the problem's rows."""
     memory = empty_memory(problem, path, **options)
-    memory.append(problem.keys, problem.labels, problem.predictions, ids, groups)
+    memory.append(problem.keys, problem.labels, told(memory, problem), ids, groups)
     return memory
 
 

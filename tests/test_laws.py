@@ -185,6 +185,17 @@ def test_top_m_of_all_classes_equals_dense(seed: int, kernel: str) -> None:
     assert same_bits(knn_of(compressed, kernel=kernel)(problem.queries), dense(problem.queries))
 
 
+@given(seed=seeds, scale=st.sampled_from(["log8", "log16"]))
+def test_a_few_bytes_a_row_move_no_correction_further_than_their_error(seed: int, scale: str) -> None:
+    problem = classification(n=40, seed=seed)
+    coded = empty_memory(problem, residuals="top-m", prediction_dtype=scale)
+    coded.append(problem.keys, problem.labels, top_m(problem.predictions, 4))
+    found = knn_of(coded)(problem.queries)
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-6)
+    error = {"log8": 0.065, "log16": 0.0005}[scale]
+    np.testing.assert_allclose(found, knn_of(memory_of(problem))(problem.queries), atol=error)
+
+
 @given(problem=problems, kernel=kernels)
 def test_a_memory_on_disk_answers_as_one_in_ram(
     problem: Problem, kernel: str, tmp_path_factory: pytest.TempPathFactory

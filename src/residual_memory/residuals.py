@@ -58,15 +58,15 @@ def regression_residuals(labels: Float[ndarray, "b c"], predictions: Float[ndarr
     return labels - predictions
 
 
-def dense(predictions: TopM, n_outputs: int) -> Float[ndarray, "b c"]:
+def dense(predictions: TopM, n_outputs: int) -> Float[ndarray, "*b c"]:
     """The full distributions of a top-m encoding, its left-over mass spread evenly over the classes not listed.
 
     Rows sum to what `probabilities` and `rest` sum to; with m = n_outputs nothing is lost.
     """
-    m = predictions.indices.shape[1]
+    m = predictions.indices.shape[-1]
     spread = predictions.rest / max(n_outputs - m, 1)
-    full = np.repeat(spread[:, None].astype(predictions.probabilities.dtype), n_outputs, axis=1)
-    np.put_along_axis(full, predictions.indices.astype(np.int64), predictions.probabilities, axis=1)
+    full = np.repeat(spread[..., None].astype(predictions.probabilities.dtype), n_outputs, axis=-1)
+    np.put_along_axis(full, predictions.indices.astype(np.int64), predictions.probabilities, axis=-1)
     return full
 
 

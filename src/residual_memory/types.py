@@ -60,6 +60,8 @@ class Neighbors:
 class TopM:
     """The m largest base probabilities of each example and the mass of all the others.
 
+    A memory takes them as [b m]; what it gives back has the shape of the rows that were asked for.
+
     Attributes
     ----------
     indices : classes, in any order.
@@ -67,9 +69,9 @@ class TopM:
     rest : 1 − the sum of `probabilities`.
     """
 
-    indices: Int[ndarray, "b m"]
-    probabilities: Float[ndarray, "b m"]
-    rest: Float[ndarray, " b"]
+    indices: Int[ndarray, "*b m"]
+    probabilities: Float[ndarray, "*b m"]
+    rest: Float[ndarray, "*b"]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -15,17 +15,19 @@ from residual_memory.errors import CorruptFile, ResidualMemoryError, Unsupported
 from residual_memory.memory import Memory, verify
 from residual_memory.memory import memory as memory_module
 from residual_memory.memory.format import decoded_strings, encoded_strings
-from residual_memory.residuals import top_m
-from tests.problems import Problem, classification, empty_memory, in_plain_python, memory_of, regression
+from tests.problems import LAYOUTS, Problem, classification, empty_memory, in_plain_python, memory_of, regression, told
 
 Body = dict[str, Any]
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
+@pytest.fixture(params=LAYOUTS)
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A closed memory of one segment, two of whose rows are forgotten."""
-    path = tmp_path / "memory"
-    with memory_of(classification(n=4, d=2, c=2), path) as memory:
+    return small_memory(tmp_path / "memory", LAYOUTS[request.param])
+
+
+def small_memory(path: Path, options: Body) -> Path:
+    with memory_of(classification(n=4, d=2, c=2), path, **options) as memory:
         memory.forget([0, 2])
     return path
 
@@ -93,14 +95,13 @@ def test_strings_come_back_from_their_bytes(values: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"key_dtype": "float16", "prediction_dtype": "float32"}, {"residuals": "top-m"}, {"groups": True}]
+    "options", [*LAYOUTS.values(), {"key_dtype": "float16", "prediction_dtype": "float32"}, {"groups": True}]
 )
 def test_segments_are_plain_safetensors_files(tmp_path: Path, options: dict[str, Any]) -> None:
     problem = classification(n=3)
-    groups = ["x", "yy", "x"] if options.pop("groups", False) else None
-    with empty_memory(problem, tmp_path / "memory", **options) as memory:
-        said = top_m(problem.predictions, 2) if options.get("residuals") == "top-m" else problem.predictions
-        memory.append(problem.keys, problem.labels, said, groups=groups)
+    groups = ["x", "yy", "x"] if options == {"groups": True} else None
+    options = {name: value for name, value in options.items() if name != "groups"}
+    memory_of(problem, tmp_path / "memory", groups=groups, **options).close()
     columns = load_file(rows_of(tmp_path / "memory"))
     assert {"ids", "keys", "labels"} <= set(columns)
     np.testing.assert_array_equal(columns["keys"], problem.keys.astype(options.get("key_dtype", "float64")))
@@ -108,14 +109,16 @@ def test_segments_are_plain_safetensors_files(tmp_path: Path, options: dict[str,
     assert columns["ids"].tolist() == [0, 1, 2]
 
 
-def test_every_column_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_column_starts_at_a_multiple_of_its_item_size(tmp_path: Path, options: Body) -> None:
     problem = classification(n=3, d=3, c=3)
-    memory_of(problem, tmp_path / "memory", key_dtype="float16", groups=["a", "bb", "ccc"]).close()
+    memory_of(problem, tmp_path / "memory", key_dtype="float16", groups=["a", "bb", "ccc"], **options).close()
     path = rows_of(tmp_path / "memory")
     header, data = parsed(path)
     start = path.stat().st_size - len(data)
-    sizes = {"I64": 8, "I32": 4, "F64": 8, "F16": 2, "U8": 1}
-    assert set(header) == {"ids", "keys", "labels", "predictions", "groups"}
+    sizes = {"I64": 8, "I32": 4, "F64": 8, "F16": 2, "U16": 2, "U8": 1}
+    said = {"indices", "probabilities", "rest"} if "residuals" in options else {"predictions"}
+    assert set(header) == {"ids", "keys", "labels", "groups"} | said
     for entry in header.values():
         assert (start + entry["data_offsets"][0]) % sizes[entry["dtype"]] == 0
 
@@ -138,6 +141,25 @@ def test_a_memory_comes_back_as_it_was(tmp_path: Path, problem: Problem) -> None
     np.testing.assert_array_equal(again.snapshot.predictions(rows), problem.predictions)
     assert again.snapshot.all_groups is not None
     assert again.snapshot.all_groups.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_on_disk_are_those_in_ram_in_every_layout(tmp_path: Path, options: Body) -> None:
+    problem = classification(n=9)
+    rows = np.array([[8, 0], [3, 3], [5, 1]])
+    in_ram = memory_of(problem, **options)
+    memory_of(problem, tmp_path / "m", **options).close()
+    first, second = in_ram.snapshot, Memory.open(tmp_path / "m", verify=True).snapshot
+    np.testing.assert_array_equal(first.targets(rows), problem.labels[rows])
+    np.testing.assert_array_equal(second.targets(rows), problem.labels[rows])
+    np.testing.assert_array_equal(first.predictions(rows.ravel()), second.predictions(rows.ravel()))
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_row_takes_the_bytes_that_its_layout_tells(tmp_path: Path, options: Body) -> None:
+    memory = memory_of(classification(n=50), tmp_path / "m", **options)
+    _, data = parsed(rows_of(tmp_path / "m"))
+    assert len(data) == 50 * memory.layout.bytes_per_row(2 if "residuals" in options else None)
 
 
 # ---------------------------------------------------------------------- damage
@@ -227,12 +249,13 @@ def test_a_folder_in_the_place_of_a_file_is_refused(home: Path) -> None:
     assert_refused(home, file.name)
 
 
-def test_swapped_segments_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_swapped_segments_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Body) -> None:
     path = tmp_path / "memory"
     problem = classification(n=4)
     monkeypatch.setattr(memory_module, "MERGE_BYTES", 0)
-    with memory_of(problem, path) as memory:
-        memory.append(problem.keys, problem.labels, problem.predictions)
+    with memory_of(problem, path, **options) as memory:
+        memory.append(problem.keys, problem.labels, told(memory, problem))
     names = [entry["file"]["name"] for entry in body_of(path)["segments"]]
     assert len(names) == 2
     first, second = (path / name for name in names[:2])
@@ -335,13 +358,26 @@ FORGERIES: dict[str, Callable[[Body], Any]] = {
     "negative dim": in_layout(dim=-2),
     "text dim": in_layout(dim="2"),
     "wider dim": in_layout(dim=3),
-    "more outputs": in_layout(n_outputs=3),
     "no outputs": in_layout(n_outputs=0),
     "another key dtype": in_layout(key_dtype="float32"),
     "another task": in_layout(task="regression"),
     "text version": in_body(version="2"),
     "unknown id kind": in_body(id_kind="float"),
     "other id kind": in_body(id_kind="string"),
+    "another prediction dtype": in_layout(prediction_dtype="float32"),
+    "log scale of another width": lambda body: in_layout(
+        prediction_dtype="log16" if body["layout"]["prediction_dtype"] == "log8" else "log8"
+    )(body),
+    "other residuals": lambda body: in_layout(residuals="dense" if body["layout"]["residuals"] == "top-m" else "top-m")(
+        body
+    ),
+    "classes of another width": lambda body: in_layout(
+        n_outputs=70_000 if body["layout"]["n_outputs"] <= 65_536 else 65_536
+    )(body),
+    "more kept": in_body(top_m=3),
+    "fewer kept": in_body(top_m=1),
+    "none kept": in_body(top_m=0),
+    "text kept": in_body(top_m="2"),
     "groups that are not there": in_body(group_kind="string"),
     "text next id": in_body(next_id="0"),
     "class names are a number": in_body(class_names=5),
@@ -408,16 +444,14 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module", params=LAYOUTS)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a process without type checks makes of each forgery."""
     homes = tmp_path_factory.mktemp("forged")
     folders = {}
     for number, (name, forgery) in enumerate([*FORGERIES.items(), *HEADERS.items()]):
         folders[f"{number:03}"] = name
-        path = homes / f"{number:03}"
-        with memory_of(classification(n=4, d=2, c=2), path) as memory:
-            memory.forget([0, 2])
+        path = small_memory(homes / f"{number:03}", LAYOUTS[request.param])
         if name in HEADERS:
             forge(path, segment_under(forgery))
         else:

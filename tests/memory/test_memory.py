@@ -24,16 +24,27 @@ from residual_memory.errors import (
 )
 from residual_memory.memory import Memory, verify
 from residual_memory.memory import memory as memory_module
+from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.residuals import top_m
 from residual_memory.types import TopM
 from tests import reference
-from tests.problems import Problem, classification, empty_memory, in_plain_python, knn_of, memory_of, regression
+from tests.problems import (
+    LAYOUTS,
+    Problem,
+    classification,
+    empty_memory,
+    in_plain_python,
+    knn_of,
+    memory_of,
+    regression,
+    told,
+)
 
 
 def grow(memory: Memory, problem: Problem, chosen: Any, **names: Any) -> ndarray:
     """Append some of the problem's rows."""
     part = problem.rows(chosen)
-    return memory.append(part.keys, part.labels, part.predictions, **names)
+    return memory.append(part.keys, part.labels, told(memory, part), **names)
 
 
 # ---------------------------------------------------------------------- append
@@ -208,6 +219,78 @@ def test_top_m_rows_keep_the_m_of_the_first(problem: Problem, place: Path | None
         memory.append(problem.keys, problem.labels, problem.predictions)
 
 
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_that_came_one_by_one_are_as_those_that_came_at_once(
+    problem: Problem, place: Path | None, options: dict[str, Any]
+) -> None:
+    rounding = 1e-3 if options.get("prediction_dtype") == "float16" else 1e-6
+    memory = empty_memory(problem, place, **options)
+    for row in range(60):
+        grow(memory, problem, [row])
+    memory.forget([0, 7, 59])
+    before = [memory.snapshot.residuals(memory.snapshot.rows_of(memory.ids), 1.0)]
+    memory.compact()
+    kept = memory_of(problem.rows(np.setdiff1d(np.arange(60), [0, 7, 59])), **options)
+    for found in (*before, memory.snapshot.residuals(np.arange(57), 1.0)):
+        np.testing.assert_array_equal(found, kept.snapshot.residuals(np.arange(57), 1.0))
+        np.testing.assert_allclose(found.sum(axis=1), 0, atol=rounding)
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_an_empty_memory_has_no_residuals(problem: Problem, options: dict[str, Any]) -> None:
+    snapshot = empty_memory(problem, **options).snapshot
+    assert snapshot.residuals(np.arange(0), 1.0).shape == (0, snapshot.layout.n_outputs)
+
+
+@pytest.mark.parametrize("scale", LOG_SCALES)
+def test_a_log_scale_is_for_top_m_alone(scale: str) -> None:
+    for task in ("classification", "regression"):
+        with pytest.raises(InvalidInput, match=r"prediction_dtype.*top-m"):
+            Memory.create(dim=2, n_outputs=3, task=task, prediction_dtype=scale)
+
+
+@pytest.mark.parametrize("scale", LOG_SCALES)
+def test_a_row_on_a_log_scale_must_be_a_distribution_too(problem: Problem, scale: str) -> None:
+    memory = empty_memory(problem, residuals="top-m", prediction_dtype=scale)
+    for listed, rest in (([0.5, 0.2], 0.9), ([1.2, -0.2], 0.0), ([np.nan, 0.5], 0.5)):
+        with pytest.raises(InvalidInput):
+            memory.append(problem.keys[:1], [0], TopM(np.array([[0, 1]]), np.array([listed]), np.array([rest])))
+    assert len(memory) == 0
+
+
+@pytest.mark.parametrize("n_outputs", [65_536, 65_537])
+def test_the_last_class_of_a_top_m_memory_is_kept(place: Path | None, n_outputs: int) -> None:
+    memory = Memory.create(place, dim=1, n_outputs=n_outputs, residuals="top-m", prediction_dtype="log8")
+    last = n_outputs - 1
+    memory.append([[0.0]], [last], TopM(np.array([[last, 40_000]]), np.array([[0.75, 0.25]]), np.array([0.0])))
+    snapshot, row = memory.snapshot, np.array([0])
+    assert snapshot.column("labels").dtype == (np.uint16 if n_outputs == 65_536 else np.int32)
+    np.testing.assert_array_equal(snapshot.targets(row), np.array([last], np.int32), strict=True)
+    np.testing.assert_array_equal(snapshot.top_m(row).indices, np.array([[last, 40_000]], np.int32), strict=True)
+    residual = snapshot.residuals(row, 1.0)[0]
+    np.testing.assert_allclose(residual[[last, 40_000]], [0.25, -0.25], rtol=0.06)
+    assert np.flatnonzero(residual).tolist() == [40_000, last]
+
+
+@pytest.mark.parametrize("prediction_dtype", ["float16", "float32", "float64", "log8", "log16"])
+@pytest.mark.parametrize("merged", [0, memory_module.MERGE_BYTES])
+def test_top_m_rows_come_in_the_shape_that_was_asked_for(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, prediction_dtype: str, merged: int
+) -> None:
+    monkeypatch.setattr(memory_module, "MERGE_BYTES", merged)
+    memory = memory_of(problem, residuals="top-m", prediction_dtype=prediction_dtype)
+    grow(memory, problem, slice(0, 10))
+    rows = np.array([[[0, 69, 3]], [[65, 65, 1]]])
+    several, one = memory.snapshot.top_m(rows), memory.snapshot.top_m(rows.ravel())
+    assert (several.indices.shape, several.rest.shape) == ((2, 1, 3, 2), (2, 1, 3))
+    assert several.probabilities.dtype == (np.float64 if prediction_dtype == "float64" else np.float32)
+    np.testing.assert_array_equal(several.indices.reshape(-1, 2), one.indices)
+    np.testing.assert_array_equal(several.probabilities.reshape(-1, 2), one.probabilities)
+    np.testing.assert_array_equal(several.rest.ravel(), one.rest)
+    listed = np.take_along_axis(problem.predictions[rows % 60], several.indices.astype(np.int64), -1)
+    np.testing.assert_allclose(several.probabilities, listed, rtol=0.066 if prediction_dtype == "log8" else 1e-3)
+
+
 def test_half_precision_refuses_what_it_cannot_hold(problem: Problem) -> None:
     memory = empty_memory(problem, key_dtype="float16")
     with pytest.raises(InvalidInput, match="float32"):
@@ -309,7 +392,7 @@ BAD_OPTIONS: dict[str, Any] = {
     "metric": ["manhattan"],
     "residuals": ["sparse"],
     "key_dtype": ["int8"],
-    "prediction_dtype": ["bfloat16"],
+    "prediction_dtype": ["bfloat16", "log8", "log16", "log32"],
     "class_names": [["one"]],
 }
 
@@ -534,11 +617,12 @@ class AnySequence(RuleBasedStateMachine):
         self.held: dict[int, int] = {}  # id → row of the problem
         self.memory: Memory | None = None
 
-    @initialize(folder=st.booleans())
-    def create(self, folder: bool) -> None:
+    @initialize(folder=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)))
+    def create(self, folder: bool, layout: str) -> None:
         self.folder = tempfile.TemporaryDirectory() if folder else None
         self.path = Path(self.folder.name) / "memory" if self.folder else None
-        self.memory = empty_memory(self.problem, self.path)
+        self.memory = empty_memory(self.problem, self.path, **LAYOUTS[layout])
+        self.whole = memory_of(self.problem, **LAYOUTS[layout]).snapshot
 
     @rule(rows=st.lists(st.integers(0, 39), max_size=6))
     def add(self, rows: list[int]) -> None:
@@ -582,6 +666,9 @@ class AnySequence(RuleBasedStateMachine):
         found = knn_of(self.memory, n_neighbors=k, index="exact:numpy").neighbors(self.problem.queries)
         np.testing.assert_array_equal(found.ids, ids[nearest])
         np.testing.assert_allclose(found.distances, distances, rtol=1e-12)
+        held = self.memory.snapshot
+        np.testing.assert_array_equal(held.targets(held.rows_of(ids)), self.whole.targets(rows))
+        np.testing.assert_array_equal(held.predictions(held.rows_of(ids)), self.whole.predictions(rows))
 
     def teardown(self) -> None:
         if self.memory is not None:

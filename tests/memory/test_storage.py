@@ -16,7 +16,7 @@ from residual_memory.errors import CorruptFile, MemoryLocked, ResidualMemoryErro
 from residual_memory.memory import Memory, storage
 from residual_memory.memory.storage import Directory, FileRecord
 from tests.memory.faults import Disk, watching
-from tests.problems import classification, empty_memory, memory_of
+from tests.problems import LAYOUTS, classification, empty_memory, memory_of, told
 
 Change = Callable[[Memory], Any]
 
@@ -24,7 +24,7 @@ MORE = classification(n=6, seed=1)
 
 
 def add(memory: Memory) -> None:
-    memory.append(MORE.keys, MORE.labels, MORE.predictions, ids=np.arange(100, 106))
+    memory.append(MORE.keys, MORE.labels, told(memory, MORE), ids=np.arange(100, 106))
 
 
 def erase(memory: Memory) -> None:
@@ -46,12 +46,13 @@ def directory(tmp_path: Path) -> Directory:
     return Directory(tmp_path)
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
+@pytest.fixture(params=["dense", "log8"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A closed memory of two segments, some of whose rows are forgotten."""
     path = tmp_path / "memory"
-    with memory_of(classification(n=12), path) as memory:
-        memory.append(MORE.keys[:3], MORE.labels[:3], MORE.predictions[:3], ids=[50, 51, 52])
+    with memory_of(classification(n=12), path, **LAYOUTS[request.param]) as memory:
+        more = MORE.rows(slice(0, 3))
+        memory.append(more.keys, more.labels, told(memory, more), ids=[50, 51, 52])
         memory.forget([0, 51])
     return path
 

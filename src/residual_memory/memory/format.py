@@ -21,6 +21,7 @@ import numpy as np
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput, UnsupportedFormat
+from residual_memory.memory.codes import LOG_SCALES, LogScale
 from residual_memory.memory.storage import Directory, FileRecord
 from residual_memory.types import Metric, Task
 from residual_memory.validation import as_count
@@ -36,10 +37,10 @@ LAYOUT_OPTIONS = {
     "metric": ("euclidean", "cosine"),
     "residuals": ("dense", "top-m"),
     "key_dtype": ("float16", "float32", "float64"),
-    "prediction_dtype": ("float16", "float32", "float64"),
+    "prediction_dtype": ("float16", "float32", "float64", *LOG_SCALES),
 }
 
-_DTYPE_NAMES = {"<i8": "I64", "<i4": "I32", "<f8": "F64", "<f4": "F32", "<f2": "F16", "|u1": "U8"}
+_DTYPE_NAMES = {"<i8": "I64", "<i4": "I32", "<f8": "F64", "<f4": "F32", "<f2": "F16", "<u2": "U16", "|u1": "U8"}
 _DTYPES = {name: np.dtype(code) for code, name in _DTYPE_NAMES.items()}
 
 
@@ -58,7 +59,7 @@ class Layout:
     task : "classification" or "regression".
     metric : "euclidean", or "cosine": keys are scaled to length 1, and distances are Euclidean among those.
     residuals : "dense" keeps whole base predictions, "top-m" the m largest probabilities of each.
-    key_dtype, prediction_dtype : "float16", "float32" or "float64".
+    key_dtype, prediction_dtype : "float16", "float32" or "float64"; of top-m predictions also "log8" or "log16".
     """
 
     dim: int
@@ -69,18 +70,29 @@ class Layout:
     key_dtype: str
     prediction_dtype: str
 
+    @property
+    def log_scale(self) -> LogScale | None:
+        """What probabilities are stored by; None where they are stored as they are."""
+        return LOG_SCALES.get(self.prediction_dtype)
+
+    @property
+    def class_dtype(self) -> np.dtype[Any]:
+        """Of stored class indices: in two bytes where top-m rows, which are short, allow it."""
+        return np.dtype(np.uint16 if self.residuals == "top-m" and self.n_outputs <= 1 << 16 else np.int32)
+
     def columns(self, m: int | None) -> Columns:
         """Name, type and trailing shape of each numeric column; `m` is the top-m's, None for dense."""
-        key, prediction = np.dtype(self.key_dtype), np.dtype(self.prediction_dtype)
-        columns: Columns = {"keys": (key, (self.dim,))}
+        scale = self.log_scale
+        prediction = np.dtype(self.prediction_dtype) if scale is None else scale.dtype
+        columns: Columns = {"keys": (np.dtype(self.key_dtype), (self.dim,))}
         if self.task == "regression":
             columns["labels"] = (prediction, (self.n_outputs,))
         else:
-            columns["labels"] = (np.dtype(np.int32), ())
+            columns["labels"] = (self.class_dtype, ())
         if self.residuals == "dense":
             columns["predictions"] = (prediction, (self.n_outputs,))
         elif m is not None:
-            columns["indices"] = (np.dtype(np.int32), (m,))
+            columns["indices"] = (self.class_dtype, (m,))
             columns["probabilities"] = (prediction, (m,))
             columns["rest"] = (prediction, ())
         return columns
@@ -172,6 +184,11 @@ def check_layout(layout: Layout) -> None:
     as_count("n_outputs", layout.n_outputs)
     if layout.task == "regression" and layout.residuals == "top-m":
         raise InvalidInput("residuals='top-m' is for classification; regression keeps 'dense' values")
+    if layout.log_scale is not None and layout.residuals != "top-m":
+        raise InvalidInput(
+            f"prediction_dtype is {layout.prediction_dtype!r}, which residuals='top-m' alone can have; "
+            "'dense' predictions take 'float16'"
+        )
 
 
 def _checked_body(content: bytes, where: str) -> dict[str, Any]:
@@ -218,7 +235,9 @@ def _check_fields(manifest: Manifest) -> None:
         raise ValueError("library and created are no text")
     if not all(value is None or isinstance(value, dict) for value in (manifest.source, manifest.setting)):
         raise ValueError("source or setting is no object")
-    if manifest.top_m is not None and (not _is_whole(manifest.top_m) or manifest.layout.residuals != "top-m"):
+    if (m := manifest.top_m) is not None and (
+        manifest.layout.residuals != "top-m" or not _is_whole(m) or not 1 <= m <= manifest.layout.n_outputs
+    ):
         raise ValueError("top_m does not fit the layout")
     names = manifest.class_names
     if names is not None and (len(names) != manifest.layout.n_outputs or not all(isinstance(n, str) for n in names)):

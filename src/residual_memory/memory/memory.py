@@ -133,7 +133,9 @@ class Memory:
         metric : "euclidean", or "cosine": keys and queries are scaled to length 1 first.
         residuals : "dense" stores whole base predictions, "top-m" takes `TopM` predictions.
         class_names : one for each class, for reports.
-        key_dtype, prediction_dtype : "float16", "float32" or "float64", of what is stored.
+        key_dtype, prediction_dtype : "float16", "float32" or "float64", of what is stored. Top-m predictions also take
+            "log8" (1 byte each, right within 3 %, down to e^-16) and "log16" (2 bytes, 0.03 %, e^-32); scaling the row
+            to sum to 1 again may add as much.
         source : where the rows come from (model fingerprint, layer, data), as JSON values; kept and compared.
 
         Raises
@@ -407,6 +409,8 @@ class Memory:
             table |= {"indices": checked.indices, "probabilities": checked.probabilities, "rest": checked.rest}
         else:
             table["predictions"] = checked
+        if scale := layout.log_scale:
+            table |= {name: scale.encoded(table[name]) for name in ("probabilities", "rest")}
         for name, (dtype, _) in layout.columns(top_m).items():
             table[name] = _stored(name, table[name], dtype)
         return table, top_m

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int32, Int64, Integer, Shaped
 from numpy import ndarray
 
 from residual_memory.memory.format import Manifest
@@ -80,7 +80,7 @@ class Snapshot:
         return self.n_rows - len(self.forgotten)
 
     def column(self, name: str) -> Column:
-        dtype, shape = self.layout.columns(self.manifest.top_m).get(name, (np.dtype(np.int64), ()))
+        dtype, shape = self.layout.columns(self.manifest.top_m or 0).get(name, (np.dtype(np.int64), ()))
         return Column([table[name] for table in self.tables], np.zeros((0, *shape), dtype))
 
     @cached_property
@@ -130,11 +130,10 @@ class Snapshot:
 
     def residuals(self, rows: Int64[ndarray, " b"], temperature: float) -> Float[ndarray, "b c"]:
         """What the base could not learn of these rows."""
-        labels = self.column("labels").take(rows)
-        predictions = self.predictions(rows)
+        targets, predictions = self.targets(rows), self.predictions(rows)
         if self.layout.task == "regression":
-            return regression_residuals(_computable(labels), predictions)
-        return classification_residuals(labels, predictions, temperature)
+            return regression_residuals(targets, predictions)
+        return classification_residuals(targets, predictions, temperature)
 
     def predictions(self, rows: Int64[ndarray, " b"]) -> Float[ndarray, "b c"]:
         """What the base said of these rows, at temperature 1, as whole distributions."""
@@ -142,18 +141,18 @@ class Snapshot:
             return _computable(self.column("predictions").take(rows))
         return dense(self.top_m(rows), self.layout.n_outputs)
 
-    def top_m(self, rows: Int64[ndarray, " b"]) -> TopM:
-        """The stored top-m predictions of these rows."""
-        return TopM(
-            self.column("indices").take(rows),
-            _computable(self.column("probabilities").take(rows)),
-            _computable(self.column("rest").take(rows)),
-        )
+    def top_m(self, rows: Int64[ndarray, "..."]) -> TopM:
+        """The top-m predictions of these rows, in their shape, as numbers to compute with however they are stored."""
+        names = ("indices", "probabilities", "rest")
+        indices, listed, rest = (self.column(name).take(rows) for name in names)
+        if scale := self.layout.log_scale:
+            listed, rest = scale.decoded(listed, rest)
+        return TopM(_as_classes(indices), _computable(listed), _computable(rest))
 
     def targets(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "..."]:
         """The labels of these rows: class indices, or target values [… c]."""
         labels = self.column("labels").take(rows)
-        return _computable(labels) if self.layout.task == "regression" else labels
+        return _computable(labels) if self.layout.task == "regression" else _as_classes(labels)
 
     def _joined(self, name: str, kind: str | None) -> ndarray:
         empty = np.zeros(0, "U1" if kind == "string" else np.int64)
@@ -167,6 +166,11 @@ class Snapshot:
             return ids, rows
         order = np.argsort(ids, kind="stable")
         return ids[order], rows[order]
+
+
+def _as_classes(indices: Integer[ndarray, "..."]) -> Int32[ndarray, "..."]:
+    """Two unsigned bytes are for storage: a sum with −1 would wrap around."""
+    return indices.astype(np.int32, copy=False)
 
 
 def _computable(values: ndarray) -> ndarray:
