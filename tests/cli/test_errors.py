@@ -19,6 +19,8 @@ from tests.cli.workshop import as_folder, columns, done, resmem
 
 MODEL = ("--model", "net:make_model")
 
+SIZES = ("--rows", "9", "--dim", "3", "--outputs", "2")
+
 TYPOS: list[tuple[tuple[str, ...], str]] = [
     (("biuld", "x"), "did you mean 'build'?"),
     (("evalute", "mem"), "did you mean 'evaluate'?"),
@@ -60,6 +62,10 @@ TYPOS: list[tuple[tuple[str, ...], str]] = [
     (("forget", "mem", "--ids-file", "ids"), "there is no file ids"),
     (("add", "mem", "--data", "held.npz", "--first-row", "201"), "has 200 rows"),
     (("estimate", "--rows", "0", "--dim", "3", "--outputs", "2"), "expected at least 1"),
+    (("estimate", *SIZES, "--prediction-dtype", "log8"), "add --top-m M"),
+    (("estimate", *SIZES, "--prediction-dtype", "log9"), "did you mean 'log8'"),
+    (("estimate", *SIZES, "--top-m", "3"), "expected 1 to 2"),
+    (("estimate", *SIZES, "--top-m", "1", "--task", "regression"), "regression keeps 'dense'"),
     (("demo", "--out", "nowhere/report.html"), "there is no folder nowhere"),
     (("info",), "Missing argument 'MEMORY'"),
     (("tune", "mem"), "Missing option '--data'"),

@@ -1,6 +1,7 @@
 """Tuning, evaluation, estimates and speed: honest figures, and sizes as they are on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,29 @@ def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: Task) -
     assert found["disk_bytes"] == pytest.approx(
         sum(file.stat().st_size for file in (tmp_path / "mem").iterdir()), rel=0.1
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "log8", "log16"])
+@pytest.mark.parametrize("c", [500, 70_000])
+def test_an_estimate_of_top_m_rows_is_near_the_files(tmp_path: Path, dtype: str, c: int) -> None:
+    n, d, m = 3000, 16, 4
+    problem = classification(n, 1, d, 6)
+    options: dict[str, Any] = {"key_dtype": "float16", "prediction_dtype": dtype, "residuals": "top-m"}
+    memory = rm.Memory.create(tmp_path / "mem", dim=d, n_outputs=c, **options)
+    memory.append(problem.keys, problem.labels, rm.top_m(problem.predictions, m))
+    words = ("--rows", n, "--dim", d, "--outputs", c, "--key-dtype", "float16", "--prediction-dtype", dtype)
+    found = done("estimate", *words, "--top-m", m, "--json").json
+    assert found["disk_bytes"] == pytest.approx(
+        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir()), rel=0.05
+    )
+    assert (found["top_m"], found["layout"]["residuals"]) == (m, "top-m")
+
+
+def test_a_token_of_a_large_vocabulary_takes_a_few_bytes_beside_its_key() -> None:
+    words = ("--rows", 10**8, "--dim", 64, "--outputs", 32_000, "--key-dtype", "float16")
+    for m, name, n_bytes in ((4, "log8", 13), (8, "log8", 25), (16, "log8", 49), (8, "log16", 34)):
+        found = done("estimate", *words, "--top-m", m, "--prediction-dtype", name, "--json").json
+        assert found["bytes_per_row"] == 8 + 2 * 64 + 2 + n_bytes
 
 
 @pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,Flat", "SQ8", "HNSW16"])

@@ -24,9 +24,11 @@ from residual_memory.evaluation import METRICS, Evaluation, Setting
 from residual_memory.indexes.faiss import empty_index, required_rows
 from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec, auto_factory
 from residual_memory.memory import Memory
-from residual_memory.memory.format import Layout
+from residual_memory.memory.codes import LOG_SCALES
+from residual_memory.memory.format import Layout, check_layout
 from residual_memory.metrics import Estimate
 from residual_memory.progress import progress_bar
+from residual_memory.types import Task
 from residual_memory.validation import as_count, as_positive
 
 BATCHES_TIMED = 10  # at least, so that the slowest of them means something
@@ -217,7 +219,13 @@ def estimate(
     key_dtype: Annotated[
         str, typer.Option("--key-dtype", metavar="TYPE", help="float16, float32 or float64.")
     ] = "float32",
-    prediction_dtype: Annotated[str, typer.Option("--prediction-dtype", metavar="TYPE", help="Likewise.")] = "float32",
+    prediction_dtype: Annotated[
+        str, typer.Option("--prediction-dtype", metavar="TYPE", help="Likewise; with --top-m also log8 or log16.")
+    ] = "float32",
+    top_m: Annotated[
+        int | None,
+        typer.Option("--top-m", metavar="M", help="Keep the M largest probabilities of each row, not all."),
+    ] = None,
     task: Annotated[
         str, typer.Option("--task", metavar="TASK", help="classification or regression.")
     ] = "classification",
@@ -226,23 +234,24 @@ def estimate(
 ) -> None:
     """What a memory would take on disk, and its index in RAM, before it is built."""
     chosen("--key-dtype", key_dtype, options.DTYPES)
-    chosen("--prediction-dtype", prediction_dtype, options.DTYPES)
+    chosen("--prediction-dtype", prediction_dtype, (*options.DTYPES, *LOG_SCALES))
     n, d, c = as_count("--rows", rows), as_count("--dim", dim), as_count("--outputs", n_outputs)
-    layout = Layout(
-        d, c, options.task_named(task) or "classification", "euclidean", "dense", key_dtype, prediction_dtype
-    )
+    m = None if top_m is None else as_count("--top-m", top_m)
+    layout = _planned(d, c, options.task_named(task) or "classification", m, key_dtype, prediction_dtype)
     options.check_index(index, d)
     engine, index_bytes = _index_bytes(IndexSpec.parse(index), n, d)
     itemsize = 8 if prediction_dtype == "float64" else 4
     residual_bytes = n * c * itemsize if n * c * itemsize <= TABLE_BYTES else 0
-    disk = n * layout.bytes_per_row()
+    row_bytes = layout.bytes_per_row(m)
+    disk = n * row_bytes
     ram = index_bytes + residual_bytes + 9 * n  # ids, and a mark on each row that is not forgotten
     report(
         {
             "rows": n,
             "layout": vars(layout),
+            "top_m": m,
             "disk_bytes": disk,
-            "bytes_per_row": layout.bytes_per_row(),
+            "bytes_per_row": row_bytes,
             "index": engine,
             "index_bytes": index_bytes,
             "residual_table_bytes": residual_bytes,
@@ -250,7 +259,7 @@ def estimate(
         },
         facts(
             [
-                ("on disk", f"{size_text(disk)}, {layout.bytes_per_row():,} bytes a row"),
+                ("on disk", f"{size_text(disk)}, {row_bytes:,} bytes a row"),
                 ("in RAM", size_text(ram)),
                 ("  index", f"{size_text(index_bytes)}, {engine}"),
                 (
@@ -262,6 +271,17 @@ def estimate(
         ),
         as_json=as_json,
     )
+
+
+def _planned(d: int, c: int, task: Task, m: int | None, key_dtype: str, prediction_dtype: str) -> Layout:
+    """The layout of a memory that is not there yet."""
+    if m is None and prediction_dtype in LOG_SCALES:
+        raise InvalidInput(f"--prediction-dtype {prediction_dtype} is for top-m predictions alone; add --top-m M")
+    if m is not None and m > c:
+        raise InvalidInput(f"--top-m is {m}, expected 1 to {c}, the number of classes")
+    layout = Layout(d, c, task, "euclidean", "dense" if m is None else "top-m", key_dtype, prediction_dtype)
+    check_layout(layout)
+    return layout
 
 
 def _index_bytes(spec: IndexSpec, n: int, d: int) -> tuple[str, int]:
