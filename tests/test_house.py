@@ -18,10 +18,10 @@ FRAMEWORKS = ["torch", "transformers", "sklearn", "faiss", "ray", "scann", "scip
 LAYERS = [
     {"errors", "types", "_version", "progress"},
     {"validation"},
-    {"kernels", "residuals", "metrics", "gate"},
+    {"kernels", "residuals", "metrics", "gate", "sparse", "windows"},
     {"memory", "indexes"},
     {"correction"},
-    {"explanation", "evaluation"},
+    {"explanation", "evaluation", "language"},
     {"tuning"},
     {"models", "theory", "figures"},
     {"demo"},
@@ -85,7 +85,7 @@ def test_the_arrows_are_looked_at() -> None:
 def test_the_core_needs_numpy_and_jaxtyping_alone(file: Path) -> None:
     """But for the fit of a gate, which minimises a function: scipy comes with the package."""
     outside = {name.split(".")[0] for name in imports_of(file)} - set(sys.stdlib_module_names) - {"residual_memory"}
-    assert outside <= {"numpy", "jaxtyping"} | ({"scipy"} if room_of(file) == "gate" else set())
+    assert outside <= {"numpy", "jaxtyping"} | ({"scipy"} if room_of(file) in ("gate", "language") else set())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))

@@ -17,20 +17,23 @@ if TYPE_CHECKING:
     from residual_memory.evaluation import Evaluation, Setting, evaluate
     from residual_memory.explanation import Explanation, explain
     from residual_memory.gate import Gate
+    from residual_memory.language import LanguageSetting, LanguageTuning, TokenScores
     from residual_memory.memory import Memory
     from residual_memory.models.base import KeyChoice
+    from residual_memory.models.building import build_memory
     from residual_memory.models.torch import (
         ChosenKeys,
         ResMemModule,
-        build_memory,
         choose_keys,
         exportable,
         key_choices,
         observe,
     )
+    from residual_memory.models.transformers import ResMemForCausalLM, tune_language
     from residual_memory.residuals import temper, top_m
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
+    from residual_memory.windows import Encoded, TextFile, Windows
 
 _ROOMS = {
     "ResidualKNN": "correction",
@@ -43,7 +46,15 @@ _ROOMS = {
     "Memory": "memory",
     "ChosenKeys": "models.torch",
     "ResMemModule": "models.torch",
-    "build_memory": "models.torch",
+    "ResMemForCausalLM": "models.transformers",
+    "build_memory": "models.building",
+    "tune_language": "models.transformers",
+    "LanguageSetting": "language",
+    "LanguageTuning": "language",
+    "TokenScores": "language",
+    "Encoded": "windows",
+    "TextFile": "windows",
+    "Windows": "windows",
     "choose_keys": "models.torch",
     "key_choices": "models.torch",
     "exportable": "models.torch",
@@ -63,18 +74,25 @@ _ROOMS = {
 
 __all__ = [
     "ChosenKeys",
+    "Encoded",
     "Evaluation",
     "Explanation",
     "Gate",
     "KeyChoice",
+    "LanguageSetting",
+    "LanguageTuning",
     "Memory",
     "Neighbors",
     "Observations",
+    "ResMemForCausalLM",
     "ResMemModule",
     "ResidualKNN",
     "Setting",
+    "TextFile",
+    "TokenScores",
     "TopM",
     "TuningResult",
+    "Windows",
     "__version__",
     "build_memory",
     "choose_keys",
@@ -90,6 +108,7 @@ __all__ = [
     "top_m",
     "tune",
     "tune_gate",
+    "tune_language",
 ]
 
 

@@ -15,7 +15,8 @@ from residual_memory.indexes.base import Index, Reject, nearest
 from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import IndexSpec, build_index
 from residual_memory.kernels import KRIGING, as_nugget, check_kernel, kernel_named, kriging_weights
-from residual_memory.memory import Memory, Snapshot
+from residual_memory.memory import Column, Memory, Snapshot
+from residual_memory.sparse import Recalled, whole
 from residual_memory.types import Neighbors
 from residual_memory.validation import (
     SUM_TOLERANCE,
@@ -185,6 +186,36 @@ class ResidualKNN:
         weights = self._weights(state.snapshot, found)
         parts = weights[..., None] * _gathered(state.snapshot, found.rows, self.temperature, state.table)
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
+
+    def recall(self, keys: ArrayLike, n_neighbors: int | None = None, exclude: ArrayLike | None = None) -> Recalled:
+        """What the nearest memories hold, for `sparse_residual`: nothing as wide as a large vocabulary is made.
+
+        Parameters
+        ----------
+        keys, exclude : as in `__call__`.
+        n_neighbors : other than the regressor's own k, for tuning.
+
+        Raises
+        ------
+        InvalidInput : if the memory is of a regression.
+        """
+        if self.memory.layout.task == "regression":
+            raise InvalidInput("the memory is of a regression, but classes are recalled from a classification")
+        state, found = self._search(keys, self.n_neighbors if n_neighbors is None else n_neighbors, exclude)
+        snapshot, rows = state.snapshot, np.maximum(found.rows, 0)
+        ids = _ids_of(snapshot, found.rows)
+        if not snapshot.n_rows:
+            nothing = np.zeros((*rows.shape, 1), np.float32)
+            return Recalled(ids, found.distances, rows, rows[:, :, None], nothing, nothing[:, :, 0])
+        said = snapshot.top_m(rows) if snapshot.layout.residuals == "top-m" else whole(snapshot.predictions(rows))
+        return Recalled(ids, found.distances, snapshot.targets(rows), said.indices, said.probabilities, said.rest)
+
+    def weights(self, distances: Float[ndarray, "q k"]) -> Float[ndarray, "q k"]:
+        """What neighbours at these distances count, by a kernel of distances alone."""
+        if self.kernel == KRIGING:
+            raise InvalidInput("kriging weighs neighbours by how they lie to each other, not by distances alone")
+        weights = kernel_named(self.kernel)(distances, self.bandwidth)
+        return np.minimum(weights, self.max_weight)
 
     def search(self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None) -> tuple[Snapshot, Neighbors]:
         """Rows and distances of any number of neighbours, and the snapshot that the rows belong to."""
@@ -406,7 +437,7 @@ def _residual_table(
 ) -> Float[ndarray, "n c"] | None:
     """The residuals of all rows, going on from those of the first m; None if they would take too much room."""
     itemsize = np.dtype(_computing_dtype(snapshot)).itemsize
-    if snapshot.n_rows * snapshot.layout.n_outputs * itemsize > TABLE_BYTES:
+    if snapshot.layout.residuals == "top-m" or snapshot.n_rows * snapshot.layout.n_outputs * itemsize > TABLE_BYTES:
         return None
     known = 0 if before is None else len(before)
     fresh = snapshot.residuals(np.arange(known, snapshot.n_rows), temperature)
@@ -422,15 +453,15 @@ def _reject(snapshot: Snapshot, exclude: ArrayLike | None, n_queries: int) -> Re
     names = _names_for(snapshot, excluded)
 
     def reject(positions: Int64[ndarray, " m"], rows: Int64[ndarray, "m s"]) -> Bool[ndarray, "m s"]:
-        rejected = names[rows] == excluded[positions, None]
+        rejected = names.take(np.maximum(rows, 0)) == excluded[positions, None]
         return rejected if alive is None else rejected | ~alive[rows]
 
     return reject
 
 
-def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, " q"]) -> Shaped[ndarray, " n"]:
+def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, " q"]) -> Column:
     """The groups or the ids of all rows, whichever the excluded names can be."""
-    for names in (snapshot.all_groups, snapshot.all_ids):
+    for names in (snapshot.group_column, snapshot.id_column):
         if names is not None and (names.dtype.kind == excluded.dtype.kind or not len(names)):
             return names
     kinds = {"U": "strings", "i": "integers"}
@@ -439,11 +470,11 @@ def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, " q"]) -> Shaped[nd
 
 
 def _ids_of(snapshot: Snapshot, rows: Int64[ndarray, "q k"]) -> Shaped[ndarray, "q k"]:
-    ids = snapshot.all_ids
+    ids = snapshot.id_column
     missing = "" if ids.dtype.kind == "U" else -1
     if not len(ids):
         return np.full(rows.shape, missing, ids.dtype)
-    return np.where(rows >= 0, ids[rows], np.asarray(missing, ids.dtype))
+    return np.where(rows >= 0, ids.take(np.maximum(rows, 0)), np.asarray(missing, ids.dtype))
 
 
 def _check_temperature(memory: Memory, temperature: float) -> None:

@@ -15,7 +15,7 @@ from residual_memory.indexes.registry import IndexSpec, build_index
 from residual_memory.memory import Column
 from tests import reference
 from tests.contracts.index_contract import IndexContract, clustered, column
-from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of
+from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of, same_bits
 
 needs_scann = pytest.mark.skipif(importlib.util.find_spec("scann") is None, reason="scann is not installed")
 
@@ -299,6 +299,14 @@ def test_the_distance_of_a_key_to_itself_is_zero_wherever_it_lies(
     assert not np.diag(whole).any()
     np.testing.assert_array_equal(whole, parted)
     np.testing.assert_array_equal(whole[:, 5], pair_distances(column(stored), stored, rows[:, 5:6])[:, 0])
+
+
+def test_every_finite_number_of_half_precision_is_the_same_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances_module, "HALF_BLOCK", 1000)
+    halves: ndarray = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(-1, 2)
+    singles = distances_module._computable(halves, np.dtype(np.float32))
+    assert same_bits(singles, halves.astype(np.float32))
 
 
 @pytest.mark.parametrize("d", [2, 64, 1000])

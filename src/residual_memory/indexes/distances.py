@@ -15,6 +15,8 @@ from jaxtyping import Float, Int64, Shaped
 from numpy import ndarray
 
 SCRATCH_BYTES = 1 << 20  # gathered keys that are scored at a time: stays in a core's cache
+MOST_SCRATCH = 8  # times as much where the keys lie in as many parts, each of which costs some calls
+HALF_BLOCK = 1 << 16  # numbers of half precision that are converted at a time, in a core's cache
 
 
 @runtime_checkable
@@ -33,7 +35,14 @@ class KeySource(Protocol):
     def whole(self) -> ndarray | None:
         """All keys as one array, where they are one."""
 
+    @property
+    def n_parts(self) -> int:
+        """Arrays that the keys lie in."""
+
     def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "... d"]: ...
+
+    def gathered(self, rows: Int64[ndarray, " m"]) -> tuple[Shaped[ndarray, "m d"], Int64[ndarray, " m"]]:
+        """The keys of these rows in the order in which they are read fastest, and the place of each row's."""
 
     def blocks(self, size: int, first: int = 0) -> Iterator[Shaped[ndarray, "b d"]]: ...
 
@@ -67,8 +76,8 @@ def distances_among(keys: KeySource, rows: Int64[ndarray, "q k"]) -> Float[ndarr
     if not len(keys):
         among.fill(np.inf)
         return among
-    for piece in _pieces(rows.shape, keys.width):
-        gathered = keys.take(np.maximum(rows[piece], 0)).astype(dtype)
+    for piece in _pieces(rows.shape, keys):
+        gathered = _computable(keys.take(np.maximum(rows[piece], 0)), dtype)
         gathered -= gathered[:, :1].copy()
         squares = np.einsum("qkd,qkd->qk", gathered, gathered)
         products = gathered @ gathered.transpose(0, 2, 1)
@@ -108,10 +117,10 @@ def _squares_by_faiss(
     if whole is not None and whole.dtype == np.float32 and whole.flags.c_contiguous:
         _by_faiss(squared, queries, whole, np.ascontiguousarray(rows))
         return squared
-    for piece in _pieces(rows.shape, keys.width):
-        gathered = keys.take(np.maximum(rows[piece], 0)).astype(np.float32, copy=False)
-        local = np.arange(rows[piece].size).reshape(rows[piece].shape)
-        _by_faiss(squared[piece], queries[piece], gathered.reshape(-1, keys.width), local)
+    for piece in _pieces(rows.shape, keys):
+        gathered, places = keys.gathered(np.maximum(rows[piece], 0).ravel())
+        singles = _computable(gathered, np.dtype(np.float32))
+        _by_faiss(squared[piece], queries[piece], singles, places.reshape(rows[piece].shape))
     return squared
 
 
@@ -119,8 +128,8 @@ def _gathered_squares(
     keys: KeySource, queries: Float[ndarray, "q d"], rows: Int64[ndarray, "q s"]
 ) -> Float[ndarray, "q s"]:
     squared = np.empty(rows.shape, queries.dtype)
-    for piece in _pieces(rows.shape, keys.width):
-        differences = keys.take(np.maximum(rows[piece], 0)).astype(queries.dtype, copy=False)
+    for piece in _pieces(rows.shape, keys):
+        differences = _computable(keys.take(np.maximum(rows[piece], 0)), queries.dtype)
         differences -= queries[piece, None, :]
         np.einsum("qsd,qsd->qs", differences, differences, out=squared[piece])
     return squared
@@ -134,8 +143,32 @@ def _by_faiss(squared: ndarray, queries: ndarray, keys: ndarray, rows: ndarray) 
     faiss.fvec_L2sqr_by_idx(*pointers, queries.shape[1], *rows.shape)  # type: ignore[attr-defined]
 
 
-def _pieces(shape: tuple[int, ...], width: int) -> Iterator[slice]:
-    step = max(1, SCRATCH_BYTES // max(1, shape[1] * width * 8))
+def _computable(keys: Shaped[ndarray, "..."], dtype: np.dtype) -> Shaped[ndarray, "..."]:
+    """Gathered keys in the type that is computed in."""
+    if keys.dtype != np.float16 or dtype != np.float32:
+        return keys.astype(dtype, copy=False)
+    singles = np.empty(keys.shape, np.float32)
+    halves, bits = np.ascontiguousarray(keys).reshape(-1), singles.reshape(-1)
+    for start in range(0, len(halves), HALF_BLOCK):
+        _half_to_single(halves[start : start + HALF_BLOCK], bits[start : start + HALF_BLOCK])
+    return singles
+
+
+def _half_to_single(halves: Float[ndarray, " b"], singles: Float[ndarray, " b"]) -> None:
+    """The same numbers in single precision: as numpy's conversion, which takes 8 times as long, if all are finite.
+
+    Sign, exponent and mantissa move to their places in the wider word; what the exponents count from differs by 112.
+    """
+    words = singles.view(np.int32)
+    np.copyto(words, halves.view(np.int16))
+    np.left_shift(words, 13, out=words)
+    np.bitwise_and(words, np.int32(-0x70002000), out=words)  # without the copies of the sign in the exponent
+    np.multiply(singles, np.float32(2.0**112), out=singles)
+
+
+def _pieces(shape: tuple[int, ...], keys: KeySource) -> Iterator[slice]:
+    scratch = SCRATCH_BYTES * min(keys.n_parts, MOST_SCRATCH)
+    step = max(1, scratch // max(1, shape[1] * keys.width * 8))
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 

@@ -237,6 +237,11 @@ class Memory:
         return self._snapshot.ids.copy()
 
     @property
+    def next_id(self) -> int:
+        """The id that the next row gets where none is given; above every id that was ever given."""
+        return self._snapshot.manifest.next_id
+
+    @property
     def version(self) -> int:
         """Counts the changes that were committed."""
         return self._snapshot.version
@@ -505,7 +510,7 @@ class Memory:
 
     def _commit(self, manifest: Manifest, tables: Sequence[Table], forgotten: ndarray) -> None:
         """Make a manifest the truth; only then is the change seen."""
-        snapshot = Snapshot(manifest, tables, forgotten)
+        snapshot = Snapshot(manifest, tables, forgotten, self._snapshot)
         if self._directory is None:
             self._snapshot = snapshot
             return
@@ -570,7 +575,7 @@ def _read_snapshot(directory: Directory, known: Snapshot | None, attempts: int =
         try:
             expected = segment_columns(manifest)
             opened = [tables.get(s.file) or _readable(directory, s, expected) for s in manifest.segments]
-            return Snapshot(manifest, opened, _forgotten(directory, manifest))
+            return Snapshot(manifest, opened, _forgotten(directory, manifest), known)
         except (CorruptFile, StorageFailure):
             # A compaction between the two reads removes files that the newer manifest no longer names.
             if attempt + 1 < attempts and directory.read(MANIFEST, MAX_MANIFEST) != content:

@@ -9,10 +9,12 @@ from jaxtyping import Bool, Float, Int32, Int64, Integer, Shaped
 from numpy import ndarray
 
 from residual_memory.memory.format import Manifest
+from residual_memory.memory.lookup import SegmentIds, all_ascending, find_rows
 from residual_memory.residuals import classification_residuals, dense, regression_residuals
 from residual_memory.types import TopM
 
 Table = Mapping[str, ndarray]  # the columns of one segment
+_Run = tuple[slice, ndarray, ndarray]  # where in an order, the part that is read, and which of its rows
 
 
 class Column:
@@ -24,7 +26,7 @@ class Column:
     """
 
     def __init__(self, parts: Sequence[ndarray], empty: ndarray) -> None:
-        self._parts = list(parts) or [empty]
+        self._parts = [np.asarray(part) for part in parts] or [empty]
         self._starts = np.array([0, *itertools.accumulate(len(part) for part in self._parts)])
 
     def __len__(self) -> int:
@@ -44,16 +46,48 @@ class Column:
         """The column as one array, where it is one."""
         return self._parts[0] if len(self._parts) == 1 else None
 
+    @property
+    def n_parts(self) -> int:
+        """Arrays that the column lies in."""
+        return len(self._parts)
+
     def take(self, rows: Int64[ndarray, "..."]) -> Shaped[ndarray, "..."]:
         """The values of these rows, in their shape."""
         if len(self._parts) == 1:
             return np.take(self._parts[0], rows, axis=0)
-        values = np.empty(rows.shape + self._parts[0].shape[1:], self.dtype)
-        owners = np.searchsorted(self._starts, rows, side="right") - 1
-        for owner in np.unique(owners):
-            here = owners == owner
-            values[here] = self._parts[owner][rows[here] - self._starts[owner]]
-        return values
+        values = np.empty((rows.size, *self._parts[0].shape[1:]), self.dtype)
+        order, runs = self._by_part(rows.ravel())
+        for here, part, local in runs:
+            values[order[here]] = np.take(part, local, axis=0)
+        return values.reshape(rows.shape + values.shape[1:])
+
+    def gathered(self, rows: Int64[ndarray, " m"]) -> tuple[Shaped[ndarray, "m ..."], Int64[ndarray, " m"]]:
+        """The values of these rows in the order in which they are read fastest, and the place of each row's."""
+        if len(self._parts) == 1:
+            return np.take(self._parts[0], rows, axis=0), np.arange(len(rows))
+        values = np.empty((len(rows), *self._parts[0].shape[1:]), self.dtype)
+        order, runs = self._by_part(rows)
+        for here, part, local in runs:
+            np.take(part, local, axis=0, out=values[here], mode="clip")  # "raise" would fill a copy first
+        places = np.empty(len(rows), np.int64)
+        places[order] = np.arange(len(rows))
+        return values, places
+
+    def _by_part(self, rows: Int64[ndarray, " m"]) -> tuple[Int64[ndarray, " m"], Iterator[_Run]]:
+        """An order that puts the rows of each part together, and the runs that they then form."""
+        owners = np.searchsorted(self._starts[1:], rows, side="right").astype(np.min_scalar_type(len(self._parts)))
+        order = np.argsort(owners, kind="stable")  # of one or two bytes: sorted by radix, in linear time
+        ordered = rows[order]
+        ends = np.cumsum(np.bincount(owners, minlength=len(self._parts)))
+
+        def runs() -> Iterator[_Run]:
+            begin = 0
+            for part, start, end in zip(self._parts, self._starts, ends.tolist(), strict=False):
+                if end > begin:
+                    yield slice(begin, end), part, ordered[begin:end] - start
+                begin = end
+
+        return order, runs()
 
     def blocks(self, size: int, first: int = 0) -> Iterator[ndarray]:
         """The rows from `first` on in blocks of at most `size`; no block spans two segments."""
@@ -66,15 +100,27 @@ class Snapshot:
     """The rows of one version.
 
     Row numbers hold within one `generation`: until a compaction they only grow, and forgotten rows stay as gaps.
+
+    Parameters
+    ----------
+    known : an earlier version, whose tables that are also here need not be looked at again.
     """
 
-    def __init__(self, manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        tables: Sequence[Table],
+        forgotten: Int64[ndarray, " g"],
+        known: "Snapshot | None" = None,
+    ) -> None:
         self.manifest = manifest
         self.tables = tuple(tables)
         self.forgotten = forgotten
         self.layout = manifest.layout
         self.version, self.generation = manifest.version, manifest.generation
         self.n_rows = sum(segment.n_rows for segment in manifest.segments)
+        seen = {} if known is None else dict(zip(map(id, known.tables), known._segment_ids, strict=True))
+        self._segment_ids: list[SegmentIds] = [seen.get(id(table)) or SegmentIds(table["ids"]) for table in self.tables]
 
     def __len__(self) -> int:
         return self.n_rows - len(self.forgotten)
@@ -86,6 +132,17 @@ class Snapshot:
     @cached_property
     def keys(self) -> Column:
         return self.column("keys")
+
+    @cached_property
+    def id_column(self) -> Column:
+        """The id of every row, to be taken row by row: `all_ids` joins them in RAM."""
+        return self._named("ids", self.manifest.id_kind)
+
+    @cached_property
+    def group_column(self) -> Column | None:
+        """The group of every row, likewise; None for a memory without groups."""
+        kind = self.manifest.group_kind
+        return None if kind is None else self._named("groups", kind)
 
     @cached_property
     def alive(self) -> Bool[ndarray, " n"]:
@@ -113,20 +170,18 @@ class Snapshot:
     @cached_property
     def tie_ranks(self) -> Int64[ndarray, " n"] | None:
         """Place of each row's id among all ids, by which equal distances are ordered; None where rows are in order."""
-        ids = self.all_ids
-        if (ids[1:] > ids[:-1]).all():
+        if all_ascending(self._segment_ids):
             return None
+        ids = self.all_ids
         ranks = np.empty(len(ids), np.int64)
         ranks[np.argsort(ids, kind="stable")] = np.arange(len(ids))
         return ranks
 
     def rows_of(self, ids: Shaped[ndarray, " b"]) -> Int64[ndarray, " b"]:
         """The row of each id; −1 for one that is not held, or forgotten."""
-        known, rows = self._sorted_ids
-        if not len(known) or known.dtype.kind != ids.dtype.kind:
+        if not self.tables or self.tables[0]["ids"].dtype.kind != ids.dtype.kind:
             return np.full(len(ids), -1)
-        places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        return np.where(known[places] == ids, rows[places], -1)
+        return find_rows(self._segment_ids, self.alive, ids)
 
     def residuals(self, rows: Int64[ndarray, " b"], temperature: float) -> Float[ndarray, "b c"]:
         """What the base could not learn of these rows."""
@@ -155,17 +210,14 @@ class Snapshot:
         return _computable(labels) if self.layout.task == "regression" else _as_classes(labels)
 
     def _joined(self, name: str, kind: str | None) -> ndarray:
-        empty = np.zeros(0, "U1" if kind == "string" else np.int64)
-        return np.concatenate([table[name] for table in self.tables] or [empty])
+        return np.concatenate([table[name] for table in self.tables] or [_no_names(kind)])
 
-    @cached_property
-    def _sorted_ids(self) -> tuple[ndarray, ndarray]:
-        rows = np.flatnonzero(self.alive)
-        ids = self.ids
-        if self.tie_ranks is None:
-            return ids, rows
-        order = np.argsort(ids, kind="stable")
-        return ids[order], rows[order]
+    def _named(self, name: str, kind: str | None) -> Column:
+        return Column([table[name] for table in self.tables], _no_names(kind))
+
+
+def _no_names(kind: str | None) -> ndarray:
+    return np.zeros(0, "U1" if kind == "string" else np.int64)
 
 
 def _as_classes(indices: Integer[ndarray, "..."]) -> Int32[ndarray, "..."]:

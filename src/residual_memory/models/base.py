@@ -61,6 +61,8 @@ class Source:
     pool : cells a side that feature maps are averaged to.
     data : what is known of the data set.
     complete : whether the build went through.
+    tokenizer : digest of the tokenizer that made the tokens, where it was given.
+    projection : a matrix [d p] that turns what the layer gives into keys, float32 in base64; None leaves it as it is.
     """
 
     model: Mapping[str, Any]
@@ -69,6 +71,8 @@ class Source:
     pool: int
     data: Mapping[str, Any]
     complete: bool = False
+    tokenizer: str | None = None
+    projection: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

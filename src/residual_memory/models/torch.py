@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -410,7 +411,7 @@ class Watch:
         else:
             with watching(self.model, self._layer, self.side) as seen:
                 raw = self.forward(inputs)
-            return _tensor_of(raw), seen(self.pool)
+            return _tensor_of(raw), seen(partial(pooled, pool=self.pool))
         return _tensor_of(raw), pooled(keys, self.pool)
 
     def predictions(self, raw: Tensor) -> Tensor:
@@ -502,7 +503,7 @@ class Exportable(nn.Module):
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         with watching(self.model, self._layer, self._side) as seen:
             raw = self.model(*inputs)
-        return _tensor_of(raw), seen(self._pool)
+        return _tensor_of(raw), seen(partial(pooled, pool=self._pool))
 
 
 def exportable(model: nn.Module, memory: Memory) -> Exportable:

@@ -81,15 +81,21 @@ def module_named(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def watching(model: nn.Module, layer: str, side: Side) -> Iterator[Callable[[int], Tensor]]:
-    """Watch every part of a layer's name while the context lasts; the function given turns what passed into keys."""
+def watching(model: nn.Module, layer: str, side: Side) -> Iterator[Callable[[Callable[[Tensor], Tensor]], Tensor]]:
+    """Watch every part of a layer's name while the context lasts.
+
+    The function given turns what passed since its last call into keys [b d]: it takes a function that makes a batch of
+    vectors [b d] of what one part gave.
+    """
     with ExitStack() as stack:
         caught = [
             (name, stack.enter_context(captured(module, own))) for name, module, own in places_of(model, layer, side)
         ]
 
-        def keys(pool: int) -> Float[Tensor, "b d"]:
-            parts = [pooled(only(passed, name), pool) for name, passed in caught]
+        def keys(vectors: Callable[[Tensor], Tensor]) -> Float[Tensor, "b d"]:
+            parts = [vectors(only(passed, name)) for name, passed in caught]
+            for _, passed in caught:
+                passed.clear()
             return parts[0] if len(parts) == 1 else torch.cat([functional.normalize(part, dim=1) for part in parts], 1)
 
         yield keys

@@ -1,0 +1,458 @@
+"""Language models with a memory, as numbers a token: how far to trust the memory, chosen and measured.
+
+Nothing here is as wide as the vocabulary. Models are in `models.transformers`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Shaped
+from numpy import ndarray
+
+from residual_memory.errors import InvalidInput
+from residual_memory.kernels import kernel_named
+from residual_memory.metrics import Estimate, mean_interval
+from residual_memory.validation import as_count, as_fraction, as_positive
+
+FLOOR = 0.1  # of a base probability: what no correction can take away, as in `to_probabilities`
+N_FEATURES = 7
+PENALTY = 1e-4  # of the gate's weights
+SMALLEST = 1e-12  # of a number whose logarithm is taken
+SHRINKAGES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+BANDWIDTHS = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class TokenGate:
+    """How far to trust the memory at each token: a shrinkage between 0 and 1 from what base and neighbours look like.
+
+    A logistic function of the base's confidence and entropy, the distances to the first and the last neighbour, how
+    much of the weight agrees with the nearest neighbour, how spread the weights are, and what the base gives the
+    nearest neighbour's label; with their squares and products.
+
+    Attributes
+    ----------
+    weights : of the constant, the features, and their products in pairs.
+    centres, scales : of the features, on the tokens that the gate was fitted on.
+    """
+
+    weights: tuple[float, ...]
+    centres: tuple[float, ...]
+    scales: tuple[float, ...]
+
+    def __call__(self, features: Float[ndarray, "q 7"]) -> Float[ndarray, " q"]:
+        """The shrinkage of each token."""
+        expanded = _expanded(features, np.array(self.centres), np.array(self.scales))
+        return _logistic(expanded @ np.array(self.weights))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "TokenGate":
+        """Read back what `asdict` gave.
+
+        Raises
+        ------
+        InvalidInput : if a list is missing or has another length.
+        """
+        try:
+            gate = TokenGate(*(tuple(map(float, values[name])) for name in ("weights", "centres", "scales")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"a token gate has weights, centres and scales: {error!r}") from None
+        found = len(gate.weights), len(gate.centres), len(gate.scales)
+        if found != (N_WEIGHTS, N_FEATURES, N_FEATURES):
+            raise InvalidInput(f"the lists of a token gate have lengths {found}, expected {N_WEIGHTS}, 7 and 7")
+        return gate
+
+
+N_WEIGHTS = 1 + N_FEATURES + N_FEATURES * (N_FEATURES + 1) // 2
+
+
+@dataclass(frozen=True)
+class LanguageSetting:
+    """How the memory of a language model is used: what tuning chooses and prediction needs.
+
+    Attributes
+    ----------
+    n_neighbors, bandwidth, kernel : as in `ResidualKNN`; not kriging.
+    shrinkage : lambda, where there is no gate; 0 is the base alone.
+    gate : a shrinkage that depends on the token.
+    search_below : the base's largest probability from which on nothing is searched and the base stands; 1 searches
+        always.
+    """
+
+    n_neighbors: int = 64
+    bandwidth: float | str = "auto"
+    kernel: str = "exponential"
+    shrinkage: float = 0.25
+    gate: TokenGate | None = None
+    search_below: float = 1.0
+
+    def __post_init__(self) -> None:
+        as_count("n_neighbors", self.n_neighbors)
+        if self.bandwidth != "auto":
+            as_positive("bandwidth", self.bandwidth)
+        kernel_named(self.kernel)
+        as_fraction("shrinkage", self.shrinkage)
+        as_fraction("search_below", self.search_below)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `Memory.save_setting` and result files."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "LanguageSetting":
+        """Read back what `to_dict` gave.
+
+        Raises
+        ------
+        InvalidInput : if a name is not an attribute of a setting, or a value cannot be used.
+        """
+        gate = values.get("gate")
+        try:
+            return LanguageSetting(**{**values, "gate": None if gate is None else TokenGate.from_dict(gate)})
+        except TypeError as error:
+            raise InvalidInput(f"a setting has {', '.join(asdict(LanguageSetting()))}: {error}") from None
+
+
+@dataclass(frozen=True)
+class HeldOutTokens:
+    """What choosing a setting needs of each held-out token, for the largest k that is tried.
+
+    Attributes
+    ----------
+    distances : to the neighbours, ascending; +inf where missing.
+    hit : 1 where a neighbour's label is the token's.
+    residual : the neighbour's residual at the token.
+    agrees : where a neighbour's label is the nearest neighbour's.
+    probability : the base's, of the token.
+    confidence, entropy : of the base: its largest probability, and its entropy in nats.
+    nearest : the base's probability of the nearest neighbour's label.
+    documents : of the tokens.
+    """
+
+    distances: Float[ndarray, "q k"]
+    hit: Float[ndarray, "q k"]
+    residual: Float[ndarray, "q k"]
+    agrees: Bool[ndarray, "q k"]
+    probability: Float[ndarray, " q"]
+    confidence: Float[ndarray, " q"]
+    entropy: Float[ndarray, " q"]
+    nearest: Float[ndarray, " q"]
+    documents: Int64[ndarray, " q"]
+
+    def __len__(self) -> int:
+        return len(self.distances)
+
+    @staticmethod
+    def joined(parts: "Sequence[HeldOutTokens]") -> "HeldOutTokens":
+        """One after the other."""
+        names = HeldOutTokens.__dataclass_fields__
+        return HeldOutTokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def features(self, weights: Float[ndarray, "q k"]) -> Float[ndarray, "q 7"]:
+        """What the gate looks at, under these weights of the first k neighbours."""
+        k = weights.shape[1]
+        return gate_features(
+            self.distances[:, :k], weights, self.agrees[:, :k], self.confidence, self.entropy, self.nearest
+        )
+
+
+def gate_features(
+    distances: Float[ndarray, "q k"],
+    weights: Float[ndarray, "q k"],
+    agrees: Bool[ndarray, "q k"],
+    confidence: Float[ndarray, " q"],
+    entropy: Float[ndarray, " q"],
+    nearest: Float[ndarray, " q"],
+) -> Float[ndarray, "q 7"]:
+    """Features of a token for `TokenGate`; the arguments are those of `HeldOutTokens`."""
+    present = np.isfinite(distances)
+    first = np.where(present[:, 0], distances[:, 0], 0.0)
+    last = np.where(present, distances, 0.0).max(axis=1)
+    return np.stack(
+        [
+            _logit(confidence),
+            entropy,
+            np.log(np.maximum(first, SMALLEST)),
+            np.log(np.maximum(last, SMALLEST)),
+            (weights * agrees).sum(axis=1),
+            np.log(np.maximum(np.square(weights).sum(axis=1), SMALLEST)),
+            np.log(np.maximum(nearest, SMALLEST)),
+        ],
+        axis=1,
+        dtype=np.float64,
+    )
+
+
+@dataclass(frozen=True)
+class LanguageTuning:
+    """What tuning chose, and what it is worth in log-loss on tokens that did not choose it.
+
+    Attributes
+    ----------
+    best : the setting, chosen on all tokens; its shrinkage is 0 where the memory does not help.
+    base, corrected : mean log-loss in nats, cross-fitted by document; the floor's renormalisation left out.
+    gain : base − corrected, paired.
+    constant : the best setting without a gate.
+    knn_lm : the best interpolation (1 − λ) base + λ memory, found on the same tokens: its setting, with λ as shrinkage.
+    """
+
+    best: LanguageSetting
+    base: Estimate
+    corrected: Estimate
+    gain: Estimate
+    constant: LanguageSetting
+    knn_lm: LanguageSetting
+
+    @property
+    def helps(self) -> bool:
+        """Whether the gain is above 0 with 95 % confidence."""
+        return self.gain.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """In one line, for people."""
+        if not self.helps:
+            return "no gain: do not deploy"
+        low, value = np.exp(self.corrected.value), np.exp(self.base.value)
+        return f"perplexity {value:.2f} -> {low:.2f} ({self.gain.value:.3f} ± {self.gain.margin:.3f} nats a token)"
+
+
+def tune_tokens(
+    tokens: HeldOutTokens,
+    *,
+    n_neighbors: Sequence[int],
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    kernels: Sequence[str] = ("exponential", "gaussian"),
+    shrinkages: Sequence[float] = SHRINKAGES,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> LanguageTuning:
+    """Choose k, kernel and bandwidth, fit a gate, and measure it by cross-fitting over documents.
+
+    Parameters
+    ----------
+    tokens : held-out ones.
+    n_neighbors : values of k to try, up to that of `tokens`.
+    bandwidths : to try, as multiples of the median distance to the k-th neighbour.
+    kernels : to try.
+    shrinkages : constant ones to try; 0 is always tried.
+    n_folds, seed : of the cross-fitting.
+    """
+    usable = [k for k in sorted({as_count("n_neighbors", k) for k in n_neighbors}) if k <= tokens.distances.shape[1]]
+    amounts = np.array(sorted({0.0, *shrinkages}))
+    shapes = [
+        LanguageSetting(k, scale * _typical(tokens.distances[:, k - 1]), kernel)
+        for k, scale, kernel in product(usable or [tokens.distances.shape[1]], bandwidths, kernels)
+    ]
+    best: tuple[float, LanguageSetting] = (np.inf, LanguageSetting(shrinkage=0.0))
+    best_interpolation = best
+    for shape in shapes:
+        recalled, residual = _at_tokens(tokens, shape)
+        for place, losses in enumerate((_losses(tokens, residual, amounts), _losses(tokens, recalled, amounts))):
+            chosen = int(losses.argmin())
+            candidate = float(losses[chosen]), replace(shape, shrinkage=float(amounts[chosen]))
+            if place == 0 and candidate[0] < best[0]:
+                best = candidate
+            if place == 1 and candidate[0] < best_interpolation[0]:
+                best_interpolation = candidate
+    constant = best[1]
+    weights = kernel_named(constant.kernel)(tokens.distances[:, : constant.n_neighbors], float(constant.bandwidth))
+    residual = (weights * tokens.residual[:, : constant.n_neighbors]).sum(axis=1)
+    features = tokens.features(weights)
+    folds = _folds(tokens.documents, n_folds, seed)
+    measured = np.empty(len(tokens))
+    for fold in np.unique(folds):
+        inside = folds == fold
+        gate = fit_token_gate(features[~inside], tokens.probability[~inside], residual[~inside])
+        measured[inside] = token_losses(tokens.probability[inside], residual[inside], gate(features[inside]))
+    base = -np.log(np.maximum(tokens.probability, SMALLEST))
+    gain = mean_interval(base - measured, tokens.documents)
+    fitted = replace(constant, gate=fit_token_gate(features, tokens.probability, residual))
+    return LanguageTuning(
+        best=fitted if gain.low > 0 else replace(constant, shrinkage=0.0),
+        base=mean_interval(base, tokens.documents),
+        corrected=mean_interval(measured, tokens.documents),
+        gain=gain,
+        constant=constant,
+        knn_lm=best_interpolation[1],
+    )
+
+
+def fit_token_gate(
+    features: Float[ndarray, "q 7"], probability: Float[ndarray, " q"], residual: Float[ndarray, " q"]
+) -> TokenGate:
+    """The gate with the least log-loss on held-out tokens.
+
+    Parameters
+    ----------
+    features : from `gate_features`.
+    probability, residual : the base's probability of each token, and the memory's residual there.
+    """
+    from scipy.optimize import minimize
+
+    centres = features.mean(axis=0)
+    scales = np.where(features.std(axis=0) > 0, features.std(axis=0), 1.0)
+    expanded = _expanded(features, centres, scales)
+    base, added = probability.astype(np.float64), residual.astype(np.float64)
+    start = np.zeros(N_WEIGHTS)
+    start[0] = -1.0
+
+    def loss_and_slope(weights: Float[ndarray, " w"]) -> tuple[float, Float[ndarray, " w"]]:
+        amount = _logistic(expanded @ weights)
+        score, least = base + amount * added, FLOOR * np.maximum(base, SMALLEST)
+        free = score > least
+        slope = np.where(free, added * amount * (1 - amount) / np.where(free, score, 1.0), 0.0)
+        moved = weights - start
+        loss = -np.log(np.where(free, score, least)).mean() + PENALTY * moved @ moved
+        return float(loss), -(slope @ expanded) / len(base) + 2 * PENALTY * moved
+
+    found = minimize(loss_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": 300})
+    return TokenGate(tuple(found.x.tolist()), tuple(centres.tolist()), tuple(scales.tolist()))
+
+
+def token_losses(
+    probability: Float[ndarray, " q"], residual: Float[ndarray, " q"], shrinkage: Float[ndarray, " q"] | float
+) -> Float[ndarray, " q"]:
+    """−log of the corrected probability of each token, before the row is renormalised."""
+    base = np.maximum(probability, SMALLEST)
+    return -np.log(np.maximum(base + shrinkage * residual, FLOOR * base))
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Base, memory-only and corrected side by side on every token of a text.
+
+    Attributes
+    ----------
+    labels, documents, offsets : which token, of which document, where in the stream.
+    base_loss, corrected_loss : −log probability of the token, in nats.
+    base_hit, memory_hit, corrected_hit : whether the likeliest token was the right one.
+    searched : whether the memory was searched.
+    """
+
+    labels: Int64[ndarray, " q"]
+    documents: Shaped[ndarray, " q"]
+    offsets: Int64[ndarray, " q"]
+    base_loss: Float[ndarray, " q"]
+    corrected_loss: Float[ndarray, " q"]
+    base_hit: Bool[ndarray, " q"]
+    memory_hit: Bool[ndarray, " q"]
+    corrected_hit: Bool[ndarray, " q"]
+    searched: Bool[ndarray, " q"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @staticmethod
+    def joined(parts: "Sequence[TokenScores]") -> "TokenScores":
+        """One after the other."""
+        names = TokenScores.__dataclass_fields__
+        return TokenScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def of(self, chosen: Shaped[ndarray, " q"]) -> "TokenScores":
+        """Some of the tokens alone."""
+        return TokenScores(**{name: getattr(self, name)[chosen] for name in TokenScores.__dataclass_fields__})
+
+    @property
+    def accuracy_gain(self) -> Estimate:
+        """Corrected − base accuracy; whole documents are the draws of the interval."""
+        return mean_interval(self.corrected_hit.astype(float) - self.base_hit, self.documents)
+
+    @property
+    def log_loss_gain(self) -> Estimate:
+        """Base − corrected log-loss in nats; whole documents are the draws of the interval."""
+        return mean_interval(self.base_loss - self.corrected_loss, self.documents)
+
+    def summary(self) -> dict[str, float]:
+        """Figures by the names of the result files."""
+        accuracy, loss = self.accuracy_gain, self.log_loss_gain
+        return {
+            "n_test": len(self),
+            "base": float(self.base_hit.mean()),
+            "memory_only": float(self.memory_hit.mean()),
+            "corrected": float(self.corrected_hit.mean()),
+            "gain": accuracy.value,
+            "gain_low": accuracy.low,
+            "gain_high": accuracy.high,
+            "perplexity_base": float(np.exp(self.base_loss.mean())),
+            "perplexity_corrected": float(np.exp(self.corrected_loss.mean())),
+            "log_loss_gain": loss.value,
+            "log_loss_gain_low": loss.low,
+            "log_loss_gain_high": loss.high,
+            "searched": float(self.searched.mean()),
+        }
+
+    def by_frequency(self, counts: Int64[ndarray, " v"]) -> list[dict[str, float]]:
+        """The summary for tokens of each frequency in the training text.
+
+        Parameters
+        ----------
+        counts : how often each token of the vocabulary stands there.
+
+        Returns
+        -------
+        From rare to common, one entry a power of ten that has tokens: its bounds as `low` (included) and `high`.
+        """
+        power = np.floor(np.log10(np.maximum(counts[self.labels], 1))).astype(int)
+        return [
+            {"low": float(10**p) if p else 0.0, "high": float(10 ** (p + 1)), **self.of(power == p).summary()}
+            for p in np.unique(power)
+        ]
+
+    @property
+    def verdict(self) -> str:
+        """In one line, for people."""
+        gain = self.accuracy_gain
+        if self.log_loss_gain.low <= 0 and gain.low <= 0:
+            return "no gain: do not deploy"
+        before, after = np.exp(self.base_loss.mean()), np.exp(self.corrected_loss.mean())
+        return (
+            f"gain {100 * gain.value:+.1f} ± {100 * gain.margin:.1f} points, perplexity {before:.1f} -> {after:.1f} "
+            f"on {len(self):,} tokens"
+        )
+
+
+def _at_tokens(tokens: HeldOutTokens, setting: LanguageSetting) -> tuple[Float[ndarray, " q"], Float[ndarray, " q"]]:
+    """What is added to the base at each token by interpolation with the memory, and by its residuals."""
+    k = setting.n_neighbors
+    weights = kernel_named(setting.kernel)(tokens.distances[:, :k], float(setting.bandwidth))
+    recalled = (weights * tokens.hit[:, :k]).sum(axis=1)
+    return recalled - tokens.probability * weights.sum(axis=1), (weights * tokens.residual[:, :k]).sum(axis=1)
+
+
+def _losses(tokens: HeldOutTokens, added: Float[ndarray, " q"], amounts: Float[ndarray, " s"]) -> Float[ndarray, " s"]:
+    return np.array([token_losses(tokens.probability, added, amount).mean() for amount in amounts])
+
+
+def _typical(distances: Float[ndarray, " q"]) -> float:
+    present = distances[np.isfinite(distances)]
+    return (float(np.median(present)) or 1.0) if len(present) else 1.0
+
+
+def _expanded(
+    features: Float[ndarray, "q 7"], centres: Float[ndarray, " 7"], scales: Float[ndarray, " 7"]
+) -> Float[ndarray, "q w"]:
+    """A constant, the features in deviations (no further than 4), and their products in pairs."""
+    standard = np.clip((features - centres) / scales, -4, 4)
+    first, second = np.triu_indices(N_FEATURES)
+    return np.concatenate([np.ones((len(features), 1)), standard, standard[:, first] * standard[:, second]], axis=1)
+
+
+def _logistic(values: Float[ndarray, " q"]) -> Float[ndarray, " q"]:
+    return 1 / (1 + np.exp(-np.clip(values, -30, 30)))
+
+
+def _logit(fractions: Float[ndarray, " q"]) -> Float[ndarray, " q"]:
+    inside = np.clip(fractions.astype(np.float64), 1e-6, 1 - 1e-6)
+    return np.log(inside / (1 - inside))
+
+
+def _folds(documents: Shaped[ndarray, " q"], n_folds: int, seed: int) -> Int64[ndarray, " q"]:
+    owner = np.unique(documents, return_inverse=True)[1]
+    count = int(owner.max()) + 1
+    if min(n_folds, count) < 2:
+        raise InvalidInput(f"n_folds is {n_folds} and there are {count} documents, expected at least 2 of each")
+    return np.random.default_rng(seed).permutation(np.arange(count) % n_folds)[owner]

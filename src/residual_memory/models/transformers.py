@@ -1,0 +1,1071 @@
+"""Language models of transformers: a memory of every token of a text, and a model that uses it in all its logits.
+
+Tokens are shifted and padding is masked in `TokenWatch`, for building and for use alike.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64
+from numpy import ndarray
+
+from residual_memory.correction import ResidualKNN
+from residual_memory.errors import FewerNeighbors, FingerprintMismatch, InvalidInput, MissingExtra
+from residual_memory.language import (
+    FLOOR,
+    HeldOutTokens,
+    LanguageSetting,
+    LanguageTuning,
+    TokenScores,
+    gate_features,
+    tune_tokens,
+)
+from residual_memory.memory import Memory
+from residual_memory.models.base import Builder, Side, Source, opened, place_of_memory
+from residual_memory.models.watching import (
+    device_of,
+    digest_of,
+    evaluating,
+    fingerprint,
+    places_of,
+    watching,
+)
+from residual_memory.progress import progress_bar
+from residual_memory.sparse import Recalled, merged, residual_at, sparse_residual
+from residual_memory.types import Metric, Observations, TopM
+from residual_memory.validation import as_count, as_fraction
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
+    from transformers import LogitsProcessor, PreTrainedModel
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+except ImportError as error:
+    raise MissingExtra("language models of transformers", "transformers") from error
+
+AFTER_NORM, BEFORE_NORM = "post-attention", "post-attention-before-norm"
+# Where the feed-forward of the last block is: the list of blocks, and inside a block the norm before it and itself.
+ARCHITECTURES = {
+    "gpt2": ("transformer.h", "ln_2", "mlp"),
+    "gpt_neox": ("gpt_neox.layers", "post_attention_layernorm", "mlp"),
+    "llama": ("model.layers", "post_attention_layernorm", "mlp"),
+    "mistral": ("model.layers", "post_attention_layernorm", "mlp"),
+    "mt5": ("decoder.block", "layer.{last}", "layer.{last}.DenseReluDense"),
+    "qwen2": ("model.layers", "post_attention_layernorm", "mlp"),
+    "qwen3": ("model.layers", "post_attention_layernorm", "mlp"),
+    "t5": ("decoder.block", "layer.{last}", "layer.{last}.DenseReluDense"),
+}
+RELATIVE_POSITIONS = {"t5", "mt5"}  # read sequences of any length, whatever their configuration says
+IGNORED = -100  # a label that counts for nothing, in transformers
+
+LOGIT_BYTES = 128 << 20  # of a batch when none is given
+ROWS_AT_A_TIME = 1024  # tokens that are corrected together
+PROJECTION_SAMPLE = 20_000  # keys that principal components are found from
+GROUP = 64  # classes whose largest is looked at first when the top m are sought
+
+Residuals = Literal["top-m", "dense"]
+Items = Iterable[Mapping[str, Any]]
+
+
+def build_memory(
+    model: PreTrainedModel,
+    dataset: Items,
+    path: str | os.PathLike[str] | None,
+    *,
+    layer: str = AFTER_NORM,
+    side: Side = "input",
+    residuals: Residuals = "top-m",
+    top_m: int = 8,
+    keep: float = 1.0,
+    projection: int | None = None,
+    n_outputs: int | None = None,
+    tokenizer: Any = None,
+    limit: int | None = None,
+    metric: Metric = "euclidean",
+    key_dtype: str = "float16",
+    prediction_dtype: str | None = None,
+    class_names: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    autocast: "torch.dtype | None" = None,
+    verbose: bool = True,
+) -> Memory:
+    """Run a language model once over a text and keep, for every token, what it could not learn.
+
+    The text streams through: what is in RAM does not grow with it. A build that was interrupted goes on where it was
+    when it is called again with the same arguments; a finished one is opened.
+
+    Parameters
+    ----------
+    model : a causal or sequence-to-sequence language model; put into eval mode for the time of the build.
+    dataset : items with `input_ids` [t], read once from the beginning: a list, a `datasets` stream, `Windows`. They may
+        have `attention_mask` [t] (padding on either side is dropped), `documents` (one number, or one a token),
+        `start` (the place of the first token in the stream; by default the items follow each other) and `skip` (how
+        many predictions are not to be stored). For a sequence-to-sequence model: `input_ids` of the source and `labels`
+        of the target, −100 ignored.
+    path : directory of the memory; None keeps it in RAM.
+    layer : "post-attention" is the input of the last block's feed-forward, after the norm, the best key by published
+        measurements; "post-attention-before-norm" is the same before the norm. Or any dotted name, as in the
+        `build_memory` of other torch models.
+    side : "input" or "output", of a dotted name.
+    residuals : "top-m" keeps the m largest probabilities of each prediction and the mass of the others; "dense" keeps
+        whole predictions, for small vocabularies.
+    top_m : m.
+    keep : tokens that the model gives more than this probability are left out: it knows them without a memory.
+    projection : principal components to keep of the keys, found from the first 20,000; None keeps the keys whole.
+    n_outputs : more classes than the model's vocabulary.
+    tokenizer : what made the tokens; kept as a digest, so that another one is refused later.
+    limit : predictions after which to stop.
+    metric, key_dtype, class_names : as in `Memory.create`.
+    prediction_dtype : None is "log8" for top-m (a probability in 8 bits on a log scale), "float16" for dense.
+    batch_size : items that pass at a time; None takes as many as have 128 MiB of logits.
+    autocast : torch.bfloat16 or torch.float16 for a faster pass.
+    verbose : say what was chosen, and show progress, on stderr.
+
+    Returns
+    -------
+    The memory, open for writing. A row's id is the place of its token in the stream; its group is the document.
+
+    Raises
+    ------
+    InvalidInput : if the text is empty, a token is beyond the vocabulary, a sequence is longer than the model reads, or
+        the layer is not there.
+    FingerprintMismatch : if `path` holds a memory of another model, layer, tokenizer or text.
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023, section 4.2 on language models.
+    Khandelwal et al., "Generalization through memorization", ICLR 2020, on the choice of the key.
+    """
+    known = as_fraction("keep", keep, above_zero=True)
+    wanted = None if limit is None else as_count("limit", limit)
+    watch = TokenWatch(model, layer, side, autocast=autocast)
+    head = list(islice(iter(dataset), 1))
+    if not head:
+        raise InvalidInput("the text is empty: there is nothing to memorize")
+    data: dict[str, Any] = {"first_item": digest_of(_plain(head[0])), "keep": known, "limit": wanted}
+    if isinstance(dataset, Sequence) and digest_of(_plain(dataset[0])) != data["first_item"]:
+        raise InvalidInput("item 0 of the text differs when it is read twice: switch random augmentation off")
+    held = _held_projection(path)
+    if projection is not None:
+        watch.projection = held if held is not None else _principal(watch, dataset, as_count("projection", projection))
+    source = replace(watch.source(data), tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer))
+    width = watch.vocabulary
+    memory = opened(
+        path,
+        source,
+        dim=watch.probe(head[0]),
+        n_outputs=as_count("n_outputs", width if n_outputs is None else n_outputs),
+        task="classification",
+        metric=metric,
+        residuals=residuals,
+        class_names=class_names,
+        key_dtype=key_dtype,
+        prediction_dtype=prediction_dtype or ("log8" if residuals == "top-m" else "float16"),
+    )
+    if Source.from_dict(memory.source or {}).complete:
+        return memory
+    if verbose:
+        print(f"keys: {watch.side} of {watch.layer!r}, {memory.layout.dim} numbers", file=sys.stderr)
+    m = None if residuals == "dense" else min(as_count("top_m", top_m), width)
+    try:
+        _fill(memory, watch, dataset, m, known, wanted, batch_size, verbose)
+        memory.save_source(replace(source, complete=True).to_dict())
+    except BaseException:
+        memory.close()  # another call may go on where this one stopped
+        raise
+    return memory
+
+
+def _fill(
+    memory: Memory,
+    watch: "TokenWatch",
+    dataset: Items,
+    m: int | None,
+    known: float,
+    limit: int | None,
+    batch_size: int | None,
+    verbose: bool,
+) -> None:
+    """Store the tokens that come after those that the memory holds."""
+    done, n_seen = memory.next_id, 0
+    with progress_bar("building", limit or 0, shown=verbose) as advance, Builder(memory) as builder:
+        for batch in watch.batches(dataset, batch_size, after=done, limit=limit):
+            n_seen += len(batch)
+            advance(len(batch))
+            log_normaliser = batch.logits.logsumexp(1, keepdim=True)
+            chosen = torch.from_numpy(batch.offsets >= done).to(batch.logits.device)
+            if known < 1:
+                said = batch.logits.gather(1, batch.labels[:, None]) - log_normaliser
+                chosen &= said[:, 0].exp() <= known
+            rows = chosen.nonzero()[:, 0]
+            if not len(rows):
+                continue
+            kept = batch if len(rows) == len(batch) else batch.of(rows)
+            normaliser = log_normaliser if kept is batch else log_normaliser[rows]
+            builder.add(
+                Observations(
+                    kept.offsets,
+                    _stored_keys(kept.keys, memory),
+                    kept.labels.cpu().numpy(),
+                    _dense(kept.logits, normaliser) if m is None else top_m_of(kept.logits, normaliser, m),
+                    groups=kept.documents,
+                )
+            )
+    if n_seen == 0 and done == 0:
+        raise InvalidInput("the text has no token with another one before it: there is nothing to predict or memorize")
+
+
+def top_m_of(logits: Float[Tensor, "b v"], log_normaliser: Float[Tensor, "b 1"], m: int) -> TopM:
+    """The m largest probabilities of each row, found on the device; nothing as wide as the vocabulary leaves it.
+
+    Parameters
+    ----------
+    logits : [b v].
+    log_normaliser : their log-sum-exp [b 1].
+    m : how many.
+    """
+    width = logits.shape[1]
+    if width % GROUP == 0 and width > GROUP * m:
+        # The m largest lie in the m groups whose own largest are the largest.
+        groups = logits.view(len(logits), -1, GROUP).amax(2).topk(m, dim=1, sorted=False).indices
+        places = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)).flatten(1)
+        values, among = logits.gather(1, places).topk(m, dim=1, sorted=False)
+        indices = places.gather(1, among)
+    else:
+        values, indices = logits.topk(m, dim=1, sorted=False)
+    probabilities = (values - log_normaliser).exp().cpu().numpy()
+    rest = np.maximum(1 - probabilities.sum(axis=1, dtype=np.float64), 0).astype(np.float32)
+    return TopM(indices.cpu().numpy().astype(np.int32), probabilities, rest)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a model showed on the predicted tokens of some sequences, on its device.
+
+    Attributes
+    ----------
+    logits : of the prediction, float32.
+    keys : at the place that made the prediction, float32.
+    labels : the token that came.
+    offsets : its place in the stream.
+    documents : its document.
+    """
+
+    logits: Float[Tensor, "b v"]
+    keys: Float[Tensor, "b d"]
+    labels: Int64[Tensor, " b"]
+    offsets: Int64[ndarray, " b"]
+    documents: Int64[ndarray, " b"]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def of(self, rows: Int64[Tensor, " r"]) -> "TokenBatch":
+        """Some of the tokens alone."""
+        places = rows.cpu().numpy()
+        return TokenBatch(
+            self.logits[rows], self.keys[rows], self.labels[rows], self.offsets[places], self.documents[places]
+        )
+
+
+def _flattened(passed: Tensor) -> Tensor:
+    return passed.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """An item, without its padding: what the model reads, and which token comes at each place."""
+
+    read: Int64[ndarray, " t"]
+    labels: Int64[ndarray, " t"]
+    offsets: Int64[ndarray, " t"]
+    documents: Int64[ndarray, " t"]
+    wanted: Bool[ndarray, " t"]
+    source: Int64[ndarray, " s"] | None
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+
+class TokenWatch:
+    """A language model with an eye on one of its layers: from sequences to predictions, keys and the tokens that came.
+
+    Parameters
+    ----------
+    model, layer, side, autocast : as in `build_memory`.
+
+    Attributes
+    ----------
+    projection : [d p] that turns what the layer gives into keys; None leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: str = AFTER_NORM,
+        side: Side = "input",
+        *,
+        autocast: "torch.dtype | None" = None,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise InvalidInput(f"the model is a {type(model).__name__}, expected a language model of transformers")
+        self.model, self.projection, self._autocast = model, None, autocast
+        self.layer, self.side = (
+            (place_named(model, layer), "input") if layer in (AFTER_NORM, BEFORE_NORM) else (layer, side)
+        )
+        places_of(model, self.layer, self.side)
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self.decodes: bool = bool(model.config.is_encoder_decoder)
+        self.longest = _longest(model)
+
+    projection: Float32[Tensor, "d p"] | None
+    side: Side
+
+    def source(self, data: Mapping[str, Any]) -> Source:
+        """The fingerprint of model, layer and projection, with what is known of the data."""
+        matrix = None if self.projection is None else _written(self.projection)
+        return Source(fingerprint(self.model), self.layer, self.side, 1, dict(data), projection=matrix)
+
+    def probe(self, item: Mapping[str, Any]) -> int:
+        """Numbers in a key, from a pass over the beginning of an item."""
+        sequence = self._sequence(item, 0)
+        if not len(sequence):
+            short = torch.zeros((1, 1), dtype=torch.int64)
+            return self._keys_and_logits(short, None, short)[0].shape[1]
+        return self._observe([_cut(sequence, 2)]).keys.shape[1]
+
+    def batches(
+        self, items: Items, batch_size: int | None = None, *, after: int = 0, limit: int | None = None
+    ) -> Iterator[TokenBatch]:
+        """What the model shows on every predicted token, in the order of the text.
+
+        Parameters
+        ----------
+        items, batch_size, limit : as in `build_memory`.
+        after : items whose predictions all come before this place in the stream are not run.
+        """
+        waiting: list[_Sequence] = []
+        place, left = 0, sys.maxsize if limit is None else limit
+        size = None if batch_size is None else as_count("batch_size", batch_size)
+        for item in items:
+            sequence = self._sequence(item, place)
+            place = int(sequence.offsets[-1]) + 1 if len(sequence) else place + 1
+            if len(sequence) and sequence.wanted.sum() > left:
+                ends = np.flatnonzero(sequence.wanted)[left] if left else 0
+                sequence = _cut(sequence, int(ends))
+            left -= int(sequence.wanted.sum())
+            if sequence.wanted.any() and sequence.offsets[sequence.wanted].max() >= after:
+                waiting.append(sequence)
+                longest = max(len(some) for some in waiting)
+                fitting = size or max(1, LOGIT_BYTES // (4 * self.vocabulary * longest))
+                if len(waiting) >= fitting:
+                    yield self._observe(waiting)
+                    waiting = []
+            if left <= 0:
+                break
+        if waiting:
+            yield self._observe(waiting)
+
+    def keys(self, parts: Callable[[Callable[[Tensor], Tensor]], Tensor], kept: Callable[[Tensor], Tensor]) -> Tensor:
+        """Keys [b d] from what passed through the layer, at the places that `kept` takes."""
+        found = parts(lambda passed: kept(passed).float())
+        return found if self.projection is None else found @ self.projection.to(found.device)
+
+    def checked(self, tokens: Int64[ndarray, " t"], what: str) -> Int64[ndarray, " t"]:
+        """Token numbers that the model knows.
+
+        Raises
+        ------
+        InvalidInput : if one is beyond the vocabulary.
+        """
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.vocabulary):
+            bad = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
+            raise InvalidInput(
+                f"{what} holds token {bad.flat[0]}, but the model's vocabulary has {self.vocabulary:,} tokens; "
+                "was the text encoded by the model's own tokenizer?"
+            )
+        return tokens
+
+    def check_length(self, length: int) -> None:
+        """Refuse what is longer than the model reads."""
+        if self.longest is not None and length > self.longest:
+            raise InvalidInput(
+                f"a sequence has {length:,} tokens, but the model reads at most {self.longest:,}; cut the text with "
+                f"Windows(documents, length={self.longest})"
+            )
+
+    def _sequence(self, item: Mapping[str, Any], place: int) -> _Sequence:
+        """One item without its padding; `place` is where its first token stands unless it says so itself."""
+        if not isinstance(item, Mapping) or "input_ids" not in item:
+            found = sorted(item) if isinstance(item, Mapping) else type(item).__name__
+            raise InvalidInput(f"an item of the text is {found}, expected a mapping with 'input_ids'")
+        tokens = _numbers(item["input_ids"], "input_ids")
+        mask = _numbers(item.get("attention_mask", np.ones(len(tokens), np.int64)), "attention_mask") > 0
+        if mask.shape != tokens.shape:
+            raise InvalidInput(f"attention_mask has {len(mask)} places for {len(tokens)} input_ids")
+        tokens = self.checked(tokens[mask], "input_ids")
+        start, skip = int(item.get("start", place)), int(item.get("skip", 0))
+        named = np.asarray(item.get("documents", 0), np.int64)
+        if self.decodes:
+            if "labels" not in item:
+                raise InvalidInput("an item for a sequence-to-sequence model has 'labels': the tokens of the target")
+            self.check_length(len(tokens))
+            targets = _numbers(item["labels"], "labels")
+            targets = self.checked(targets[targets != IGNORED], "labels")
+            begins = np.array([self.model.config.decoder_start_token_id], np.int64)
+            read, labels, source = np.concatenate([begins, targets[:-1]])[: len(targets)], targets, tokens
+            documents = np.broadcast_to(named, targets.shape)
+            offsets = start + np.arange(len(targets))
+        else:
+            read, labels, source = tokens[:-1], tokens[1:], None
+            documents = np.broadcast_to(named, mask.shape)[mask][1:]
+            offsets = start + 1 + np.arange(len(labels))
+        self.check_length(len(read))
+        return _Sequence(read, labels, offsets, documents, np.arange(len(labels)) >= skip, source)
+
+    def _observe(self, sequences: Sequence[_Sequence]) -> TokenBatch:
+        """One forward pass over sequences that are padded on the right."""
+        device = device_of(self.model)
+        read, present = _padded([sequence.read for sequence in sequences])
+        wanted = _padded([sequence.wanted for sequence in sequences])[0].bool()
+        source = None if not self.decodes else _padded([s.source for s in sequences if s.source is not None])
+        everything = bool(wanted.all())
+        places = wanted.to(device)
+
+        def kept(passed: Tensor) -> Tensor:
+            return passed.flatten(0, 1) if everything else passed[places]
+
+        keys, logits = self._keys_and_logits(read, present, source, kept)
+        chosen = [sequence.wanted for sequence in sequences]
+        pairs = list(zip(sequences, chosen, strict=True))
+        labels = np.concatenate([sequence.labels[some] for sequence, some in pairs])
+        return TokenBatch(
+            kept(logits).float(),
+            keys,
+            torch.from_numpy(labels).to(device),
+            np.concatenate([sequence.offsets[some] for sequence, some in pairs]),
+            np.concatenate([sequence.documents[some] for sequence, some in pairs]),
+        )
+
+    def _keys_and_logits(
+        self,
+        read: Tensor,
+        present: Tensor | None,
+        source: Any,
+        kept: Callable[[Tensor], Tensor] = lambda x: x.flatten(0, 1),
+    ) -> tuple[Tensor, Tensor]:
+        device = device_of(self.model)
+        if self.decodes:
+            tokens, mask = (source, None) if isinstance(source, Tensor) else source
+            options = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": read}
+        else:
+            options = {"input_ids": read, "attention_mask": None if present is None or present.all() else present}
+        given = {name: value.to(device) for name, value in options.items() if value is not None}
+        with evaluating(self.model), torch.inference_mode(), watching(self.model, self.layer, self.side) as parts:
+            with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
+                logits = self.model(**given, use_cache=False).logits
+            return self.keys(parts, kept), logits
+
+
+class ResMemForCausalLM(nn.Module):
+    """A language model and its memory: logits are corrected wherever they are read, in `generate` too.
+
+    A corrected logit is the base's log-normaliser plus the log of the corrected probability. Where no memory
+    contributes, the row is the base's own, bit for bit.
+
+    Parameters
+    ----------
+    model : the one that the memory was built with; causal or sequence-to-sequence. It is not changed.
+    memory : from `build_memory`; or several, whose rows are searched together.
+    setting : by default the one that tuning saved with the (first) memory; failing that k = 64 and lambda = 0.25.
+    layer, side : only for a memory that was filled by hand.
+    tokenizer : refused where the memory was built with another.
+    autocast : as in `build_memory`.
+    index, max_weight : as in `ResidualKNN`.
+
+    Raises
+    ------
+    FingerprintMismatch : if a memory was built with another model, layer or tokenizer.
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        memory: Memory | Sequence[Memory],
+        *,
+        setting: LanguageSetting | None = None,
+        layer: str = AFTER_NORM,
+        side: Side = "input",
+        tokenizer: Any = None,
+        autocast: "torch.dtype | None" = None,
+        index: str = "auto",
+        max_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.memories = (memory,) if isinstance(memory, Memory) else tuple(memory)
+        if not self.memories:
+            raise InvalidInput("there is no memory, expected one or several")
+        self._watch = _watch_of(model, self.memories, layer, side, tokenizer, autocast)
+        self.setting = setting or LanguageSetting.from_dict(self.memories[0].setting or {})
+        self._knns = _regressors(self.memories, self.setting, index, max_weight)
+
+    # ------------------------------------------------------------------ what transformers asks of a model
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def can_generate(self) -> bool:
+        return bool(self.model.can_generate())
+
+    def tie_weights(self, **_: Any) -> None:
+        """Nothing: the base's weights are as they are."""
+
+    # ------------------------------------------------------------------ use
+
+    def forward(self, input_ids: Tensor | None = None, **options: Any) -> Any:
+        """What the model gives, with corrected logits; with `labels` the loss is that of the corrected logits.
+
+        Parameters
+        ----------
+        input_ids : [b t].
+        options : as the model takes them: attention_mask, labels, logits_to_keep, a cache, …
+
+        Raises
+        ------
+        InvalidInput : if a token is beyond the vocabulary or the sequence longer than the model reads.
+        """
+        if input_ids is not None:
+            self._watch.checked(input_ids.detach().cpu().numpy(), "input_ids")
+            self._watch.check_length(input_ids.shape[1])
+            options["input_ids"] = input_ids
+        with self.attached():
+            return self.model(**options)
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """The model's own `generate`, every step of it with corrected logits: greedy, sampling or beams."""
+        with self.attached(), torch.inference_mode():
+            return self.model.generate(*inputs, **options)
+
+    @contextmanager
+    def attached(self) -> Iterator[PreTrainedModel]:
+        """While the context lasts, the model itself gives corrected logits on this thread, whoever calls it."""
+        thread = threading.get_ident()
+
+        def correct(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any) -> Any:
+            del module
+            if threading.get_ident() != thread:
+                return result
+            logits = result.logits if hasattr(result, "logits") else result[0]
+            b, kept = logits.shape[:2]
+            to_keep = options.get("logits_to_keep", 0)
+
+            def vectors(passed: Tensor) -> Tensor:
+                chosen = passed[:, to_keep] if isinstance(to_keep, Tensor) else passed[:, passed.shape[1] - kept :]
+                return chosen.flatten(0, 1)
+
+            with torch.inference_mode():
+                keys = self._watch.keys(parts, vectors)
+                corrected = self.correct(logits.detach().flatten(0, 1), keys)
+            if corrected is None:
+                return result
+            return self._with_logits(result, corrected.view(b, kept, -1), options.get("labels"))
+
+        with evaluating(self.model), watching(self.model, self._watch.layer, self._watch.side) as parts:
+            handle = self.model.register_forward_hook(correct, with_kwargs=True)
+            try:
+                yield self.model
+            finally:
+                handle.remove()
+
+    def logits_processor(self) -> "ResMemLogitsProcessor":
+        """A processor for `model.generate(logits_processor=[…])`, paired with its hook: use it in a `with` block."""
+        return ResMemLogitsProcessor(self)
+
+    def custom_generate(self, model: PreTrainedModel, input_ids: Tensor, **options: Any) -> Any:
+        """For `model.generate(…, custom_generate=lm.custom_generate)`: the usual decoding with corrected logits."""
+        if model is not self.model:
+            raise InvalidInput("custom_generate was given to another model than the memory's")
+        mode = options["generation_config"].get_generation_mode()
+        decode = getattr(type(model), GENERATION_MODES_MAPPING[mode])
+        with self.attached():
+            return decode(model, input_ids, **options)
+
+    def correct(self, logits: Float[Tensor, "n v"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "n v"] | None:
+        """Corrected logits from the base's and the keys of their places; None where no row changes.
+
+        Parameters
+        ----------
+        logits : any floating type, which the result has too.
+        keys : float32.
+        """
+        changed: Tensor | None = None
+        for start in range(0, len(logits), ROWS_AT_A_TIME):
+            here = slice(start, start + ROWS_AT_A_TIME)
+            seen = self._seen(logits[here].float(), keys[here])
+            if seen is None or not seen.amount.any():
+                continue
+            rows = torch.from_numpy(np.flatnonzero(seen.amount)).to(logits.device)
+            scores = seen.corrected(rows)
+            changed = _roomy(logits, self.memories) if changed is None else changed
+            places = start + seen.rows[rows]
+            changed[places] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
+        return changed
+
+    def recall(self, keys: Float[Tensor, "n d"], n_neighbors: int | None = None) -> Recalled:
+        """What the nearest rows of all memories hold."""
+        queries = keys.detach().cpu().numpy()
+        found = [knn.recall(queries, n_neighbors) for knn in self._knns]
+        return found[0] if len(found) == 1 else merged(found, n_neighbors or self.setting.n_neighbors)
+
+    def explain(
+        self, input_ids: Tensor, **options: Any
+    ) -> tuple[Recalled, Float[ndarray, "b k"], Float[ndarray, " b"]]:
+        """What corrects the prediction of the token after each sequence [b t] (padded on the left).
+
+        Returns
+        -------
+        The neighbours, whose ids are places in the text of the memory; their weights; and the shrinkage.
+        """
+        with evaluating(self.model), torch.inference_mode():
+            with watching(self.model, self._watch.layer, self._watch.side) as parts:
+                logits = self.model(input_ids=input_ids, **options).logits
+                keys = self._watch.keys(parts, lambda passed: passed[:, -1])
+            seen = self._seen(logits[:, -1].float(), keys, always=True)
+            assert seen is not None
+            return seen.recalled, seen.weights, seen.amount
+
+    def score(self, dataset: Items, *, limit: int | None = None, batch_size: int | None = None) -> TokenScores:
+        """Base, memory-only and corrected on every token of a text.
+
+        Parameters
+        ----------
+        dataset, limit, batch_size : as in `build_memory`; `Windows` with a stride give every token its context.
+
+        Raises
+        ------
+        InvalidInput : if the text is empty.
+        """
+        parts = []
+        for batch in self._watch.batches(dataset, batch_size, limit=limit):
+            for start in range(0, len(batch), ROWS_AT_A_TIME):
+                places = torch.arange(start, min(start + ROWS_AT_A_TIME, len(batch)), device=batch.logits.device)
+                parts.append(self._scored(batch.of(places)))
+        if not parts:
+            raise InvalidInput("the text is empty: there is nothing to score")
+        return TokenScores.joined(parts)
+
+    def _scored(self, batch: TokenBatch) -> TokenScores:
+        with torch.inference_mode():
+            logits, labels = batch.logits, batch.labels[:, None]
+            base_loss = -logits.log_softmax(1).gather(1, labels)[:, 0]
+            loss, best = base_loss.clone(), logits.argmax(1)
+            alone = best.clone()
+            base_best = best.clone()
+            searched = np.zeros(len(batch), bool)
+            seen = self._seen(logits, batch.keys)
+            if seen is not None:
+                searched[seen.rows.cpu().numpy()] = True
+                alone[seen.rows] = torch.from_numpy(seen.memory_only()).to(alone.device)
+                rows = torch.from_numpy(np.flatnonzero(seen.amount)).to(logits.device)
+                if len(rows):
+                    scores, places = seen.corrected(rows), seen.rows[rows]
+                    loss[places] = -scores.gather(1, labels[places])[:, 0].log()
+                    best[places] = scores.argmax(1)
+        base_hit, memory_hit, hit = ((some == batch.labels).cpu().numpy() for some in (base_best, alone, best))
+        return TokenScores(
+            batch.labels.cpu().numpy(),
+            batch.documents,
+            batch.offsets,
+            base_loss.cpu().numpy(),
+            loss.cpu().numpy(),
+            base_hit,
+            memory_hit,
+            hit,
+            searched,
+        )
+
+    def _seen(self, logits: Tensor, keys: Tensor, *, always: bool = False) -> "_Seen | None":
+        """What the memory says of some predictions: of those that the base is not sure of, unless `always`."""
+        log_normaliser = logits.logsumexp(1, keepdim=True)
+        confidence = (logits.amax(1, keepdim=True) - log_normaliser).exp()[:, 0]
+        off = self.setting.gate is None and self.setting.shrinkage == 0
+        rows = torch.arange(len(logits), device=logits.device)
+        if not always:
+            if off or not any(len(memory) for memory in self.memories):
+                return None
+            if self.setting.search_below < 1:
+                rows = (confidence < self.setting.search_below).nonzero()[:, 0]
+                if not len(rows):
+                    return None
+                logits, log_normaliser, confidence = logits[rows], log_normaliser[rows], confidence[rows]
+                keys = keys[rows]
+        base = (logits - log_normaliser).exp()
+        recalled = self.recall(keys)
+        weights = self._knns[0].weights(recalled.distances)
+        nearest = base.gather(1, torch.from_numpy(recalled.labels[:, :1].astype(np.int64)).to(base.device))[:, 0]
+        present = np.isfinite(recalled.distances[:, 0])
+        if self.setting.gate is None:
+            amount = np.where(present, self.setting.shrinkage, 0.0)
+        else:
+            features = gate_features(
+                recalled.distances,
+                weights,
+                recalled.labels == recalled.labels[:, :1],
+                confidence.cpu().numpy(),
+                (log_normaliser[:, 0] - (base * logits).sum(1)).cpu().numpy(),
+                nearest.cpu().numpy(),
+            )
+            amount = np.where(present, self.setting.gate(features), 0.0)
+        return _Seen(rows, base, log_normaliser, recalled, weights, amount)
+
+    def _with_logits(self, result: Any, logits: Tensor, labels: Tensor | None) -> Any:
+        """A model's output with other logits, and the loss that goes with them."""
+        if not hasattr(result, "logits"):
+            return (logits, *result[1:])
+        result.logits = logits
+        if labels is not None:
+            shift = 0 if self._watch.decodes else 1
+            kept = labels[:, labels.shape[1] - logits.shape[1] :][:, shift:]
+            said = logits[:, : logits.shape[1] - shift].float()
+            result.loss = functional.cross_entropy(said.flatten(0, 1), kept.flatten(), ignore_index=IGNORED)
+        return result
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Some predictions of the base and what the memory says of each."""
+
+    rows: Int64[Tensor, " r"]  # of the logits that were looked at
+    base: Float[Tensor, "r v"]
+    log_normaliser: Float[Tensor, "r 1"]
+    recalled: Recalled
+    weights: Float[ndarray, "r k"]
+    amount: Float[ndarray, " r"]  # the shrinkage
+
+    def corrected(self, chosen: Int64[Tensor, " s"]) -> Float[Tensor, "s v"]:
+        """Valid distributions of some of the rows, all positive: no score falls below a tenth of the base's."""
+        places = chosen.cpu().numpy()
+        base = self.base if len(chosen) == len(self.base) else self.base[chosen]
+        recalled = self.recalled if len(chosen) == len(self.base) else self.recalled.of(places)
+        listed = torch.from_numpy(recalled.indices.astype(np.int64)).to(base.device)
+        at = base.gather(1, listed.flatten(1)).view(listed.shape).cpu().numpy()
+        residual = sparse_residual(recalled, self.weights[places], at)
+        amount = self.amount[places].astype(np.float32)
+        scale = torch.from_numpy(1 - amount * residual.scale).to(base.device)
+        n_classes = max(base.shape[1], int(residual.classes.max(initial=0)) + 1)
+        base = functional.pad(base, (0, n_classes - base.shape[1]))
+        scores = base * scale[:, None]
+        values = torch.from_numpy(amount[:, None] * residual.values).to(base.device)
+        scores.scatter_add_(1, torch.from_numpy(residual.classes).to(base.device), values)
+        scores = torch.maximum(scores, FLOOR * base.clamp_min(torch.finfo(torch.float32).tiny ** 0.5))
+        return scores / scores.sum(1, keepdim=True)
+
+    def memory_only(self) -> Int64[ndarray, " r"]:
+        """The likeliest token by the neighbours' labels alone."""
+        n, k = self.recalled.labels.shape
+        same = self.recalled.labels[:, :, None] == self.recalled.labels[:, None, :]
+        votes = np.matmul(same.astype(np.float32), self.weights[:, :, None].astype(np.float32))[:, :, 0]
+        del k
+        return self.recalled.labels[np.arange(n), votes.argmax(axis=1)].astype(np.int64)
+
+
+class ResMemLogitsProcessor(LogitsProcessor):
+    """Corrects the scores of each generation step by the key that the same step left at the layer.
+
+    Made by `ResMemForCausalLM.logits_processor`. Its hook is on the model inside the `with` block only:
+
+        with lm.logits_processor() as processor:
+            model.generate(..., logits_processor=[processor])
+    """
+
+    def __init__(self, lm: ResMemForCausalLM) -> None:
+        self._lm = lm
+        self._open: Any = None
+        self._parts: Any = None
+
+    def __enter__(self) -> "ResMemLogitsProcessor":
+        watch = self._lm._watch
+        self._open = watching(self._lm.model, watch.layer, watch.side)
+        self._parts = self._open.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        context, self._open, self._parts = self._open, None, None
+        context.__exit__(*failure)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
+        if self._parts is None:
+            raise InvalidInput("the processor is used outside its `with` block, so it saw no key of this step")
+        with torch.inference_mode():
+            keys = self._lm._watch.keys(self._parts, lambda passed: passed[:, -1])
+            corrected = self._lm.correct(scores, keys)
+        return scores if corrected is None else corrected.clone()
+
+
+def tune_language(
+    model: PreTrainedModel,
+    memory: Memory,
+    dataset: Items,
+    *,
+    n_neighbors: Sequence[int] = (16, 64, 256),
+    limit: int | None = 20_000,
+    index: str = "auto",
+    layer: str = AFTER_NORM,
+    side: Side = "input",
+    autocast: "torch.dtype | None" = None,
+    batch_size: int | None = None,
+    **options: Any,
+) -> LanguageTuning:
+    """Choose how to use the memory on held-out text: k, kernel, bandwidth and a gate by token.
+
+    Parameters
+    ----------
+    model, memory, index, layer, side, autocast, batch_size : as in `ResMemForCausalLM`.
+    dataset : text that neither the model nor the memory has seen, as in `build_memory`.
+    n_neighbors : values of k to try; one search, at the largest.
+    limit : held-out tokens to use.
+    options : further ones of `tune_tokens`.
+
+    Returns
+    -------
+    `best` is for ``ResMemForCausalLM(setting=…)`` or ``memory.save_setting(result.best.to_dict())``.
+    """
+    counts = [k for k in n_neighbors if k <= len(memory)] or [max(1, len(memory))]
+    setting = LanguageSetting(n_neighbors=max(counts), bandwidth=1.0)
+    lm = ResMemForCausalLM(model, memory, setting=setting, layer=layer, side=side, autocast=autocast, index=index)
+    parts = []
+    for batch in lm._watch.batches(dataset, batch_size, limit=limit):
+        for start in range(0, len(batch), ROWS_AT_A_TIME):
+            places = torch.arange(start, min(start + ROWS_AT_A_TIME, len(batch)), device=batch.logits.device)
+            parts.append(_held_out(lm, batch.of(places)))
+    if not parts:
+        raise InvalidInput("the held-out text is empty: there is nothing to choose by")
+    return tune_tokens(HeldOutTokens.joined(parts), n_neighbors=counts, **options)
+
+
+def _held_out(lm: ResMemForCausalLM, batch: TokenBatch) -> HeldOutTokens:
+    """What choosing a setting needs of some tokens."""
+    with torch.inference_mode():
+        seen = lm._seen(batch.logits, batch.keys, always=True)
+        assert seen is not None
+        recalled = seen.recalled
+        listed = torch.from_numpy(recalled.indices.astype(np.int64)).to(batch.logits.device)
+        at = seen.base.gather(1, listed.flatten(1)).view(listed.shape).cpu().numpy()
+        probability = seen.base.gather(1, batch.labels[:, None])[:, 0].cpu().numpy()
+        hit, residual = residual_at(recalled, at, batch.labels.cpu().numpy(), probability)
+        first = torch.from_numpy(recalled.labels[:, :1].astype(np.int64)).to(batch.logits.device)
+        entropy = seen.log_normaliser[:, 0] - (seen.base * batch.logits).sum(1)
+        return HeldOutTokens(
+            recalled.distances,
+            hit,
+            residual,
+            recalled.labels == recalled.labels[:, :1],
+            probability,
+            seen.base.amax(1).cpu().numpy(),
+            entropy.cpu().numpy(),
+            seen.base.gather(1, first)[:, 0].cpu().numpy(),
+            batch.documents,
+        )
+
+
+def place_named(model: PreTrainedModel, name: str) -> str:
+    """The dotted name of a named place, on its input side.
+
+    Raises
+    ------
+    InvalidInput : if the architecture is not known; the message lists those that are.
+    """
+    kind = model.config.model_type
+    if kind not in ARCHITECTURES:
+        raise InvalidInput(
+            f"{name!r} is known for {', '.join(ARCHITECTURES)}, but the model is of type {kind!r}; "
+            "name the layer by its dotted path, for example layer='model.layers.11.mlp'"
+        )
+    blocks, norm, feed_forward = ARCHITECTURES[kind]
+    count = len(model.get_submodule(blocks))
+    inside = norm if name == BEFORE_NORM else feed_forward
+    block = f"{blocks}.{count - 1}"
+    if "{last}" in inside:
+        inside = inside.format(last=len(model.get_submodule(f"{block}.layer")) - 1)
+    return f"{block}.{inside}"
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary: every token and its number."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def _watch_of(
+    model: PreTrainedModel,
+    memories: Sequence[Memory],
+    layer: str,
+    side: Side,
+    tokenizer: Any,
+    autocast: "torch.dtype | None",
+) -> TokenWatch:
+    """A watch on the layer that the rows of all memories come from, after making sure that the model is theirs."""
+    sources = [None if memory.source is None else Source.from_dict(memory.source) for memory in memories]
+    built = sources[0]
+    watch = TokenWatch(
+        model, layer if built is None else built.layer, side if built is None else built.side, autocast=autocast
+    )
+    if built is not None and built.projection is not None:
+        watch.projection = _read_matrix(built.projection)
+    own = None if tokenizer is None else tokenizer_digest(tokenizer)
+    for memory, source in zip(memories, sources, strict=True):
+        where = place_of_memory(memory)
+        if memory.layout.task != "classification" or memory.layout.n_outputs < watch.vocabulary:
+            raise InvalidInput(
+                f"the memory {where} is of {memory.layout.task} with {memory.layout.n_outputs:,} outputs, "
+                f"but the model's vocabulary has {watch.vocabulary:,} tokens"
+            )
+        if source is None:
+            continue
+        source.check(watch.source(source.data), where, data=False)
+        if source.projection != (None if built is None else built.projection):
+            raise FingerprintMismatch(f"the memory {where} has another projection of its keys than the first one")
+        if own is not None and source.tokenizer is not None and own != source.tokenizer:
+            raise FingerprintMismatch(
+                f"the memory {where} was built from tokens of another tokenizer, whose numbers mean other words; "
+                "use the tokenizer that it was built with, or build a new memory"
+            )
+    return watch
+
+
+def _regressors(
+    memories: Sequence[Memory], setting: LanguageSetting, index: str, max_weight: float
+) -> tuple[ResidualKNN, ...]:
+    import warnings
+
+    knns: list[ResidualKNN] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewerNeighbors)  # a memory that fills up while it serves starts small
+        for memory in memories:
+            knns.append(
+                ResidualKNN(
+                    memory,
+                    n_neighbors=setting.n_neighbors,
+                    bandwidth=knns[0].bandwidth if knns else setting.bandwidth,
+                    kernel=setting.kernel,
+                    index=index,
+                    max_weight=max_weight,
+                )
+            )
+    return tuple(knns)
+
+
+def _roomy(logits: Tensor, memories: Sequence[Memory]) -> Tensor:
+    """A copy of the logits, with −inf for classes that only a memory knows."""
+    more = max(memory.layout.n_outputs for memory in memories) - logits.shape[1]
+    return functional.pad(logits, (0, more), value=-torch.inf) if more else logits.clone()
+
+
+def _principal(watch: TokenWatch, dataset: Items, n_components: int) -> Float32[Tensor, "d p"]:
+    """The directions in which the first keys of a text vary most."""
+    keys = torch.cat([batch.keys.cpu() for batch in watch.batches(dataset, limit=PROJECTION_SAMPLE)]).double()
+    if n_components > keys.shape[1]:
+        raise InvalidInput(f"projection is {n_components}, but the layer gives {keys.shape[1]} numbers")
+    centred = keys - keys.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    return vectors.flip(1)[:, :n_components].float().contiguous()
+
+
+def _held_projection(path: str | os.PathLike[str] | None) -> Float32[Tensor, "d p"] | None:
+    """The projection of a memory that an earlier call began."""
+    if path is None or not os.path.isdir(path):
+        return None
+    with Memory.open(path) as memory:
+        found = Source.from_dict(memory.source or {}).projection
+    return None if found is None else _read_matrix(found)
+
+
+def _written(matrix: Tensor) -> str:
+    values = matrix.cpu().numpy().astype("<f4")
+    return f"{values.shape[0]}x{values.shape[1]}:{base64.b64encode(values.tobytes()).decode()}"
+
+
+def _read_matrix(text: str) -> Float32[Tensor, "d p"]:
+    shape, _, content = text.partition(":")
+    values = np.frombuffer(base64.b64decode(content), "<f4").reshape([int(size) for size in shape.split("x")])
+    return torch.from_numpy(values.copy())
+
+
+def _stored_keys(keys: Tensor, memory: Memory) -> Float[ndarray, "b d"]:
+    half = memory.layout.key_dtype == "float16" and memory.layout.metric == "euclidean"
+    return (keys.half() if half and bool(keys.abs().max() < torch.finfo(torch.float16).max) else keys).cpu().numpy()
+
+
+def _dense(logits: Tensor, log_normaliser: Tensor) -> Float[ndarray, "b v"]:
+    return (logits - log_normaliser).exp().cpu().numpy()
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    known = model.config.to_dict()
+    if known.get("model_type") in RELATIVE_POSITIONS:
+        return None
+    found = known.get("max_position_embeddings") or known.get("n_positions")
+    return None if found is None else int(found)
+
+
+def _numbers(values: Any, name: str) -> Int64[ndarray, " t"]:
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
+        raise InvalidInput(
+            f"{name} have shape {array.shape} and type {array.dtype}, expected whole numbers on one axis"
+        )
+    return array.astype(np.int64)
+
+
+def _plain(item: Any) -> Any:
+    return dict(item) if isinstance(item, Mapping) else item
+
+
+def _cut(sequence: _Sequence, length: int) -> _Sequence:
+    return _Sequence(
+        sequence.read[:length],
+        sequence.labels[:length],
+        sequence.offsets[:length],
+        sequence.documents[:length],
+        sequence.wanted[:length],
+        sequence.source,
+    )
+
+
+def _padded(rows: Sequence[ndarray]) -> tuple[Int64[Tensor, "b t"], Int64[Tensor, "b t"]]:
+    """Rows filled up with zeros on the right, and where they have values."""
+    width = max(len(row) for row in rows)
+    values, present = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for place, row in enumerate(rows):
+        values[place, : len(row)], present[place, : len(row)] = row, 1
+    return torch.from_numpy(values), torch.from_numpy(present)
