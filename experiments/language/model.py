@@ -8,8 +8,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel, T5Stack
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "micro": {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 128},
     "tiny": {"d_model": 256, "num_layers": 4, "num_heads": 8, "d_kv": 32, "d_ff": 1024},
-    "twice": {"d_model": 352, "num_layers": 5, "num_heads": 8, "d_kv": 44, "d_ff": 1408},
+    "twice": {"d_model": 384, "num_layers": 4, "num_heads": 6, "d_kv": 64, "d_ff": 1536},
     "small": {"d_model": 512, "num_layers": 6, "num_heads": 8, "d_kv": 64, "d_ff": 2048},
     "large": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_kv": 64, "d_ff": 3072},
 }
@@ -70,7 +71,7 @@ def decoder_config(shape: str, vocab_size: int, *, end: int = 0, gated: bool = T
 
     Parameters
     ----------
-    shape : "tiny", "twice", "small" or "large".
+    shape : a name in `SHAPES`.
     vocab_size : tokens.
     end : the token that ends a document; also begins and pads.
     gated : gated GELU feed-forward, as in T5 1.1; otherwise ReLU.

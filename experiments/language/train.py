@@ -3,12 +3,13 @@
     python -m experiments.language.train --shape tiny --tokens 10000000
 
 Resumes from its own checkpoint after an interruption. Weights go to the user cache: they are too large for a clone.
-With --epochs above 1 the weights after 1, 2, 4, … epochs are kept as well, at a constant learning rate.
+With --epochs above 1 the learning rate is constant, and the weights after 1, 2, 4, … epochs are kept.
 """
 
 import argparse
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +24,54 @@ from experiments.language.corpus import tokens_of
 from experiments.language.model import SHAPES, T5DecoderLM, decoder_config
 from residual_memory.demo.cifar100 import user_cache
 
-VOCABULARY = 8_192
 BATCH = 16  # windows a step
 PEAK_LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 100, 0.1
 ROUND = 200  # steps between two checkpoints
 
 
-def weights_file(shape: str, n_tokens: int, epochs: int = 1, vocabulary: int = VOCABULARY) -> Path:
-    """Where the weights of a training run are."""
-    return user_cache() / "language" / "networks" / f"{shape}-{vocabulary}-{n_tokens}-epochs{epochs}.safetensors"
+@dataclass(frozen=True)
+class Training:
+    """What a network was trained on.
 
-
-def load_network(shape: str, n_tokens: int, epochs: int = 1, vocabulary: int = VOCABULARY) -> T5DecoderLM:
-    """A trained network.
-
-    Raises
-    ------
-    FileNotFoundError : if it was not trained; the message says how to.
+    Attributes
+    ----------
+    shape, vocabulary : of the network.
+    corpus, split, tokens : the first tokens of this text.
+    epochs : passes over it; above 1 at a constant learning rate.
     """
-    path = weights_file(shape, n_tokens, epochs, vocabulary)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.name} is not trained yet: python -m experiments.language.train --shape {shape} "
-            f"--tokens {n_tokens} --epochs {epochs} --vocabulary {vocabulary}"
-        )
-    network = T5DecoderLM(decoder_config(shape, vocabulary))
-    load_model(network, str(path))
-    return network.eval()
+
+    shape: str = "tiny"
+    vocabulary: int = 8_192
+    corpus: str = "enwiki"
+    split: str = "train"
+    tokens: int = 10_000_000
+    epochs: int = 1
+
+    def weights(self, epoch: int = 1) -> Path:
+        """Where the weights after this many passes are."""
+        passes = "" if self.epochs == 1 else f"-epoch{epoch}of{self.epochs}"
+        name = f"{self.shape}-{self.vocabulary}-{self.corpus}-{self.split}-{self.tokens}{passes}.safetensors"
+        return user_cache() / "language" / "networks" / name
+
+    @property
+    def windows(self) -> Int64[ndarray, "w 257"]:
+        """The text, cut for training."""
+        return tokens_of(self.corpus, self.split, self.vocabulary, limit=self.tokens).windows()
+
+    def load(self, epoch: int = 1) -> T5DecoderLM:
+        """The trained network.
+
+        Raises
+        ------
+        FileNotFoundError : if it was not trained; the message says how to.
+        """
+        path = self.weights(epoch)
+        if not path.is_file():
+            options = " ".join(f"--{name} {value}" for name, value in asdict(self).items())
+            raise FileNotFoundError(f"{path.name} is not trained yet: python -m experiments.language.train {options}")
+        network = T5DecoderLM(decoder_config(self.shape, self.vocabulary))
+        load_model(network, str(path))
+        return network.eval()
 
 
 def learning_rate(step: int, n_steps: int, *, decays: bool) -> float:
@@ -59,20 +81,22 @@ def learning_rate(step: int, n_steps: int, *, decays: bool) -> float:
     return float(rise * fall)
 
 
-def train(network: T5DecoderLM, windows: Int64[ndarray, "w 257"], *, shape: str, n_tokens: int, epochs: int) -> None:
-    """Pass `epochs` times over the windows in random order, saving weights and checkpoints on the way."""
+def train(training: Training, *, seed: int = 0) -> None:
+    """Pass over the text in random order, saving weights after 1, 2, 4, … passes and checkpoints on the way."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = network.to(device).train()
+    torch.manual_seed(seed)
+    windows = training.windows
+    network = T5DecoderLM(decoder_config(training.shape, training.vocabulary)).to(device).train()
     embedding = [p for name, p in network.named_parameters() if "embed_tokens" in name]
     others = [p for name, p in network.named_parameters() if "embed_tokens" not in name]
     groups = [{"params": embedding, "weight_decay": 0.0}, {"params": others, "weight_decay": WEIGHT_DECAY}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98))
-    a_pass = len(windows) // BATCH
-    n_steps = a_pass * epochs
+    a_pass = max(1, len(windows) // BATCH)
+    n_steps = a_pass * training.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, n_steps, decays=epochs == 1)
+        optimizer, lambda step: learning_rate(step, n_steps, decays=training.epochs == 1)
     )
-    checkpoint = weights_file(shape, n_tokens, epochs).with_suffix(".pt")
+    checkpoint = training.weights(training.epochs).with_suffix(".pt")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     if checkpoint.exists():
@@ -116,9 +140,7 @@ def train(network: T5DecoderLM, windows: Int64[ndarray, "w 257"], *, shape: str,
             started, total = time.perf_counter(), 0.0
         epoch, left = divmod(finished, a_pass)
         if left == 0 and epoch & (epoch - 1) == 0:
-            target = weights_file(shape, n_tokens, epoch)
-            if epochs > 1:
-                target = target.with_stem(target.stem + f"-of-{epochs}")
+            target = training.weights(epoch)
             save_model(network, str(target.with_suffix(".part")))
             os.replace(target.with_suffix(".part"), target)
 
@@ -126,18 +148,23 @@ def train(network: T5DecoderLM, windows: Int64[ndarray, "w 257"], *, shape: str,
 def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(prog="python -m experiments.language.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--tokens", type=int, default=10_000_000)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    usual = Training()
+    parser.add_argument("--shape", choices=SHAPES, default=usual.shape)
+    parser.add_argument("--vocabulary", type=int, default=usual.vocabulary)
+    parser.add_argument("--corpus", default=usual.corpus)
+    parser.add_argument("--split", default=usual.split)
+    parser.add_argument("--tokens", type=int, default=usual.tokens)
+    parser.add_argument("--epochs", type=int, default=usual.epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    windows = tokens_of("enwiki", "train", options.vocabulary, limit=options.tokens).windows()
-    network = T5DecoderLM(decoder_config(options.shape, options.vocabulary))
-    train(network, windows, shape=options.shape, n_tokens=options.tokens, epochs=options.epochs)
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    seed = options.pop("seed")
+    training = Training(**options)
+    if training.weights(training.epochs).exists():
+        print(f"{training.weights(training.epochs)} is there already")
+        return
+    train(training, seed=seed)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Tokens are shifted and padding is masked in `TokenWatch`, for building and for u
 """
 
 import base64
+import copy
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from numpy import ndarray
 
 from residual_memory.correction import ResidualKNN
@@ -70,7 +71,9 @@ RELATIVE_POSITIONS = {"t5", "mt5"}  # read sequences of any length, whatever the
 IGNORED = -100  # a label that counts for nothing, in transformers
 
 LOGIT_BYTES = 128 << 20  # of a batch when none is given
-ROWS_AT_A_TIME = 1024  # tokens that are corrected together
+ROWS_AT_A_TIME = 1024  # tokens that are corrected together, fewer where the lists of their neighbours are long
+LIST_BYTES = 64 << 20  # of those lists
+SMALLEST_BASE = torch.finfo(torch.float32).tiny ** 0.5
 PROJECTION_SAMPLE = 20_000  # keys that principal components are found from
 GROUP = 64  # classes whose largest is looked at first when the top m are sought
 
@@ -278,6 +281,12 @@ class TokenBatch:
             self.logits[rows], self.keys[rows], self.labels[rows], self.offsets[places], self.documents[places]
         )
 
+    def part(self, here: slice) -> "TokenBatch":
+        """A stretch of the tokens."""
+        return TokenBatch(
+            self.logits[here], self.keys[here], self.labels[here], self.offsets[here], self.documents[here]
+        )
+
 
 def _flattened(passed: Tensor) -> Tensor:
     return passed.flatten(0, 1)
@@ -473,9 +482,13 @@ class TokenWatch:
             options = {"input_ids": read, "attention_mask": None if present is None or present.all() else present}
         given = {name: value.to(device) for name, value in options.items() if value is not None}
         with evaluating(self.model), torch.inference_mode(), watching(self.model, self.layer, self.side) as parts:
-            with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
+            with self.precision():
                 logits = self.model(**given, use_cache=False).logits
             return self.keys(parts, kept), logits
+
+    def precision(self) -> torch.autocast:
+        """A context in which the model runs as it ran for the memory."""
+        return torch.autocast(device_of(self.model).type, self._autocast, enabled=self._autocast is not None)
 
 
 class ResMemForCausalLM(nn.Module):
@@ -521,9 +534,30 @@ class ResMemForCausalLM(nn.Module):
         self.memories = (memory,) if isinstance(memory, Memory) else tuple(memory)
         if not self.memories:
             raise InvalidInput("there is no memory, expected one or several")
-        self._watch = _watch_of(model, self.memories, layer, side, tokenizer, autocast)
+        self.watch = _watch_of(model, self.memories, layer, side, tokenizer, autocast)
         self.setting = setting or LanguageSetting.from_dict(self.memories[0].setting or {})
         self._knns = _regressors(self.memories, self.setting, index, max_weight)
+
+    @property
+    def description(self) -> str:
+        """The engines that search, for people."""
+        return ", ".join(dict.fromkeys(knn.description for knn in self._knns))
+
+    def save_indexes(self) -> None:
+        """Keep the indexes with their memories on disk, so that they need not be built again."""
+        for knn in self._knns:
+            knn.save_index()
+
+    def with_setting(self, setting: LanguageSetting) -> "ResMemForCausalLM":
+        """The same model, memories and indexes, used in another way."""
+        other = copy.copy(self)
+        other.setting = setting
+        sigma = self._knns[0].bandwidth if isinstance(setting.bandwidth, str) else setting.bandwidth
+        other._knns = tuple(
+            knn.with_kernel(n_neighbors=setting.n_neighbors, kernel=setting.kernel, bandwidth=sigma)
+            for knn in self._knns
+        )
+        return other
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
@@ -564,8 +598,8 @@ class ResMemForCausalLM(nn.Module):
         InvalidInput : if a token is beyond the vocabulary or the sequence longer than the model reads.
         """
         if input_ids is not None:
-            self._watch.checked(input_ids.detach().cpu().numpy(), "input_ids")
-            self._watch.check_length(input_ids.shape[1])
+            self.watch.checked(input_ids.detach().cpu().numpy(), "input_ids")
+            self.watch.check_length(input_ids.shape[1])
             options["input_ids"] = input_ids
         with self.attached():
             return self.model(**options)
@@ -592,17 +626,18 @@ class ResMemForCausalLM(nn.Module):
                 chosen = passed[:, to_keep] if isinstance(to_keep, Tensor) else passed[:, passed.shape[1] - kept :]
                 return chosen.flatten(0, 1)
 
-            with torch.inference_mode():
-                keys = self._watch.keys(parts, vectors)
+            with torch.inference_mode(), torch.autocast(logits.device.type, enabled=False):
+                keys = self.watch.keys(parts, vectors)
                 corrected = self.correct(logits.detach().flatten(0, 1), keys)
             if corrected is None:
                 return result
             return self._with_logits(result, corrected.view(b, kept, -1), options.get("labels"))
 
-        with evaluating(self.model), watching(self.model, self._watch.layer, self._watch.side) as parts:
+        with evaluating(self.model), watching(self.model, self.watch.layer, self.watch.side) as parts:
             handle = self.model.register_forward_hook(correct, with_kwargs=True)
             try:
-                yield self.model
+                with self.watch.precision():
+                    yield self.model
             finally:
                 handle.remove()
 
@@ -628,15 +663,14 @@ class ResMemForCausalLM(nn.Module):
         keys : float32.
         """
         changed: Tensor | None = None
-        for start in range(0, len(logits), ROWS_AT_A_TIME):
-            here = slice(start, start + ROWS_AT_A_TIME)
-            seen = self._seen(logits[here].float(), keys[here])
+        for here in self.blocks(len(logits)):
+            seen = self.seen(logits[here].float(), keys[here])
             if seen is None or not seen.amount.any():
                 continue
             rows = torch.from_numpy(np.flatnonzero(seen.amount)).to(logits.device)
             scores = seen.corrected(rows)
             changed = _roomy(logits, self.memories) if changed is None else changed
-            places = start + seen.rows[rows]
+            places = here.start + seen.rows[rows]
             changed[places] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
         return changed
 
@@ -656,10 +690,10 @@ class ResMemForCausalLM(nn.Module):
         The neighbours, whose ids are places in the text of the memory; their weights; and the shrinkage.
         """
         with evaluating(self.model), torch.inference_mode():
-            with watching(self.model, self._watch.layer, self._watch.side) as parts:
+            with watching(self.model, self.watch.layer, self.watch.side) as parts, self.watch.precision():
                 logits = self.model(input_ids=input_ids, **options).logits
-                keys = self._watch.keys(parts, lambda passed: passed[:, -1])
-            seen = self._seen(logits[:, -1].float(), keys, always=True)
+                keys = self.watch.keys(parts, lambda passed: passed[:, -1])
+            seen = self.seen(logits[:, -1].float(), keys, always=True)
             assert seen is not None
             return seen.recalled, seen.weights, seen.amount
 
@@ -675,13 +709,18 @@ class ResMemForCausalLM(nn.Module):
         InvalidInput : if the text is empty.
         """
         parts = []
-        for batch in self._watch.batches(dataset, batch_size, limit=limit):
-            for start in range(0, len(batch), ROWS_AT_A_TIME):
-                places = torch.arange(start, min(start + ROWS_AT_A_TIME, len(batch)), device=batch.logits.device)
-                parts.append(self._scored(batch.of(places)))
+        for batch in self.watch.batches(dataset, batch_size, limit=limit):
+            parts += [self._scored(batch.part(here)) for here in self.blocks(len(batch))]
         if not parts:
             raise InvalidInput("the text is empty: there is nothing to score")
         return TokenScores.joined(parts)
+
+    def blocks(self, n: int) -> Iterator[slice]:
+        """Tokens that are corrected together."""
+        layout = self.memories[0].layout
+        listed = layout.n_outputs if layout.residuals == "dense" else self.memories[0].snapshot.manifest.top_m or 1
+        step = max(1, min(ROWS_AT_A_TIME, LIST_BYTES // (4 * listed * self.setting.n_neighbors * len(self.memories))))
+        return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
     def _scored(self, batch: TokenBatch) -> TokenScores:
         with torch.inference_mode():
@@ -691,7 +730,7 @@ class ResMemForCausalLM(nn.Module):
             alone = best.clone()
             base_best = best.clone()
             searched = np.zeros(len(batch), bool)
-            seen = self._seen(logits, batch.keys)
+            seen = self.seen(logits, batch.keys)
             if seen is not None:
                 searched[seen.rows.cpu().numpy()] = True
                 alone[seen.rows] = torch.from_numpy(seen.memory_only()).to(alone.device)
@@ -713,7 +752,7 @@ class ResMemForCausalLM(nn.Module):
             searched,
         )
 
-    def _seen(self, logits: Tensor, keys: Tensor, *, always: bool = False) -> "_Seen | None":
+    def seen(self, logits: Tensor, keys: Tensor, *, always: bool = False) -> "Seen | None":
         """What the memory says of some predictions: of those that the base is not sure of, unless `always`."""
         log_normaliser = logits.logsumexp(1, keepdim=True)
         confidence = (logits.amax(1, keepdim=True) - log_normaliser).exp()[:, 0]
@@ -731,21 +770,18 @@ class ResMemForCausalLM(nn.Module):
         base = (logits - log_normaliser).exp()
         recalled = self.recall(keys)
         weights = self._knns[0].weights(recalled.distances)
-        nearest = base.gather(1, torch.from_numpy(recalled.labels[:, :1].astype(np.int64)).to(base.device))[:, 0]
-        present = np.isfinite(recalled.distances[:, 0])
+        cues = {
+            "agrees": recalled.labels == recalled.labels[:, :1],
+            "confidence": confidence.cpu().numpy(),
+            "entropy": (log_normaliser[:, 0] - (base * logits).sum(1)).cpu().numpy(),
+            "nearest": probabilities_at(base, recalled.labels[:, :1])[:, 0],
+        }
         if self.setting.gate is None:
-            amount = np.where(present, self.setting.shrinkage, 0.0)
+            amount = np.full(len(base), self.setting.shrinkage)
         else:
-            features = gate_features(
-                recalled.distances,
-                weights,
-                recalled.labels == recalled.labels[:, :1],
-                confidence.cpu().numpy(),
-                (log_normaliser[:, 0] - (base * logits).sum(1)).cpu().numpy(),
-                nearest.cpu().numpy(),
-            )
-            amount = np.where(present, self.setting.gate(features), 0.0)
-        return _Seen(rows, base, log_normaliser, recalled, weights, amount)
+            amount = self.setting.gate(gate_features(recalled.distances, weights, **cues))
+        amount = np.where(np.isfinite(recalled.distances[:, 0]), amount, 0.0)
+        return Seen(rows, base, log_normaliser, recalled, weights, amount, cues)
 
     def _with_logits(self, result: Any, logits: Tensor, labels: Tensor | None) -> Any:
         """A model's output with other logits, and the loss that goes with them."""
@@ -753,7 +789,7 @@ class ResMemForCausalLM(nn.Module):
             return (logits, *result[1:])
         result.logits = logits
         if labels is not None:
-            shift = 0 if self._watch.decodes else 1
+            shift = 0 if self.watch.decodes else 1
             kept = labels[:, labels.shape[1] - logits.shape[1] :][:, shift:]
             said = logits[:, : logits.shape[1] - shift].float()
             result.loss = functional.cross_entropy(said.flatten(0, 1), kept.flatten(), ignore_index=IGNORED)
@@ -761,41 +797,83 @@ class ResMemForCausalLM(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Some predictions of the base and what the memory says of each."""
+class Seen:
+    """Some predictions of the base and what the memory says of each.
 
-    rows: Int64[Tensor, " r"]  # of the logits that were looked at
+    Attributes
+    ----------
+    rows : of the logits that were looked at.
+    base, log_normaliser : probabilities, and the log-sum-exp of the logits.
+    recalled, weights : the neighbours, and what they count.
+    amount : the shrinkage; 0 where there is no neighbour.
+    cues : what a gate looks at beside the distances and weights, by the names of `HeldOutTokens`.
+    """
+
+    rows: Int64[Tensor, " r"]
     base: Float[Tensor, "r v"]
     log_normaliser: Float[Tensor, "r 1"]
     recalled: Recalled
     weights: Float[ndarray, "r k"]
-    amount: Float[ndarray, " r"]  # the shrinkage
+    amount: Float[ndarray, " r"]
+    cues: dict[str, ndarray]
 
     def corrected(self, chosen: Int64[Tensor, " s"]) -> Float[Tensor, "s v"]:
-        """Valid distributions of some of the rows, all positive: no score falls below a tenth of the base's."""
+        """Valid distributions of some of the rows."""
         places = chosen.cpu().numpy()
-        base = self.base if len(chosen) == len(self.base) else self.base[chosen]
-        recalled = self.recalled if len(chosen) == len(self.base) else self.recalled.of(places)
-        listed = torch.from_numpy(recalled.indices.astype(np.int64)).to(base.device)
-        at = base.gather(1, listed.flatten(1)).view(listed.shape).cpu().numpy()
-        residual = sparse_residual(recalled, self.weights[places], at)
-        amount = self.amount[places].astype(np.float32)
-        scale = torch.from_numpy(1 - amount * residual.scale).to(base.device)
-        n_classes = max(base.shape[1], int(residual.classes.max(initial=0)) + 1)
-        base = functional.pad(base, (0, n_classes - base.shape[1]))
-        scores = base * scale[:, None]
-        values = torch.from_numpy(amount[:, None] * residual.values).to(base.device)
-        scores.scatter_add_(1, torch.from_numpy(residual.classes).to(base.device), values)
-        scores = torch.maximum(scores, FLOOR * base.clamp_min(torch.finfo(torch.float32).tiny ** 0.5))
-        return scores / scores.sum(1, keepdim=True)
+        everything = len(places) == len(self.amount)
+        return corrected_probabilities(
+            self.base if everything else self.base[chosen],
+            self.recalled if everything else self.recalled.of(places),
+            self.weights[places],
+            self.amount[places],
+        )
 
     def memory_only(self) -> Int64[ndarray, " r"]:
         """The likeliest token by the neighbours' labels alone."""
-        n, k = self.recalled.labels.shape
-        same = self.recalled.labels[:, :, None] == self.recalled.labels[:, None, :]
-        votes = np.matmul(same.astype(np.float32), self.weights[:, :, None].astype(np.float32))[:, :, 0]
-        del k
-        return self.recalled.labels[np.arange(n), votes.argmax(axis=1)].astype(np.int64)
+        return likeliest_label(self.recalled, self.weights)
+
+
+def corrected_probabilities(
+    base: Float[Tensor, "r v"], recalled: Recalled, weights: Float[ndarray, "r k"], amount: Float[ndarray, " r"]
+) -> Float[Tensor, "r v"]:
+    """Base + shrinkage · residual as a valid distribution: no score falls below a tenth of the base's.
+
+    Parameters
+    ----------
+    base : probabilities.
+    recalled, weights : the neighbours of each row, and what they count.
+    amount : the shrinkage of each row.
+    """
+    residual = sparse_residual(recalled, weights, probabilities_at(base, recalled.indices))
+    shrinkage = amount.astype(np.float32)
+    scale = torch.from_numpy(1 - shrinkage * residual.scale).to(base.device)
+    width = max(base.shape[1], int(residual.classes.max(initial=0)) + 1)
+    base = functional.pad(base, (0, width - base.shape[1]))
+    scores = base * scale[:, None]
+    values = torch.from_numpy(shrinkage[:, None] * residual.values).to(base.device)
+    scores.scatter_add_(1, torch.from_numpy(residual.classes).to(base.device), values)
+    scores = torch.maximum(scores, FLOOR * base.clamp_min(SMALLEST_BASE))
+    return scores / scores.sum(1, keepdim=True)
+
+
+def probabilities_at(base: Float[Tensor, "r v"], classes: Int[ndarray, "r *s"]) -> Float[ndarray, "r *s"]:
+    """The base's probability of some classes of each row; 0 for those beyond its vocabulary."""
+    listed = torch.from_numpy(classes.astype(np.int64)).to(base.device)
+    inside = listed.clamp_max(base.shape[1] - 1)
+    found = base.gather(1, inside.flatten(1)).view(listed.shape)
+    return torch.where(listed == inside, found, 0.0).cpu().numpy()
+
+
+def likeliest_label(recalled: Recalled, weights: Float[ndarray, "r k"]) -> Int64[ndarray, " r"]:
+    """The token that the neighbours' labels alone give the most weight."""
+    order = np.argsort(recalled.labels, axis=1, kind="stable")
+    labels = np.take_along_axis(recalled.labels, order, 1)
+    sums = np.cumsum(np.take_along_axis(weights, order, 1), axis=1)
+    last = np.concatenate([labels[:, 1:] != labels[:, :-1], np.ones((len(labels), 1), bool)], axis=1)
+    ends = np.where(last, sums, -np.inf)
+    before = np.maximum.accumulate(np.where(last, sums, 0.0), axis=1)
+    votes = ends - np.concatenate([np.zeros((len(labels), 1)), before[:, :-1]], axis=1)
+    return labels[np.arange(len(labels)), votes.argmax(axis=1)].astype(np.int64)
 
 
 class ResMemLogitsProcessor(LogitsProcessor):
@@ -813,7 +891,7 @@ class ResMemLogitsProcessor(LogitsProcessor):
         self._parts: Any = None
 
     def __enter__(self) -> "ResMemLogitsProcessor":
-        watch = self._lm._watch
+        watch = self._lm.watch
         self._open = watching(self._lm.model, watch.layer, watch.side)
         self._parts = self._open.__enter__()
         return self
@@ -826,23 +904,18 @@ class ResMemLogitsProcessor(LogitsProcessor):
         del input_ids
         if self._parts is None:
             raise InvalidInput("the processor is used outside its `with` block, so it saw no key of this step")
-        with torch.inference_mode():
-            keys = self._lm._watch.keys(self._parts, lambda passed: passed[:, -1])
+        with torch.inference_mode(), torch.autocast(scores.device.type, enabled=False):
+            keys = self._lm.watch.keys(self._parts, lambda passed: passed[:, -1])
             corrected = self._lm.correct(scores, keys)
         return scores if corrected is None else corrected.clone()
 
 
 def tune_language(
-    model: PreTrainedModel,
-    memory: Memory,
+    lm: ResMemForCausalLM,
     dataset: Items,
     *,
     n_neighbors: Sequence[int] = (16, 64, 256),
     limit: int | None = 20_000,
-    index: str = "auto",
-    layer: str = AFTER_NORM,
-    side: Side = "input",
-    autocast: "torch.dtype | None" = None,
     batch_size: int | None = None,
     **options: Any,
 ) -> LanguageTuning:
@@ -850,51 +923,65 @@ def tune_language(
 
     Parameters
     ----------
-    model, memory, index, layer, side, autocast, batch_size : as in `ResMemForCausalLM`.
+    lm : model and memory; its own setting has no effect.
     dataset : text that neither the model nor the memory has seen, as in `build_memory`.
     n_neighbors : values of k to try; one search, at the largest.
     limit : held-out tokens to use.
+    batch_size : as in `build_memory`.
     options : further ones of `tune_tokens`.
 
     Returns
     -------
-    `best` is for ``ResMemForCausalLM(setting=…)`` or ``memory.save_setting(result.best.to_dict())``.
+    `best` is for ``lm.with_setting(…)`` or ``memory.save_setting(result.best.to_dict())``.
+
+    Raises
+    ------
+    InvalidInput : if the text is empty.
     """
-    counts = [k for k in n_neighbors if k <= len(memory)] or [max(1, len(memory))]
-    setting = LanguageSetting(n_neighbors=max(counts), bandwidth=1.0)
-    lm = ResMemForCausalLM(model, memory, setting=setting, layer=layer, side=side, autocast=autocast, index=index)
-    parts = []
-    for batch in lm._watch.batches(dataset, batch_size, limit=limit):
-        for start in range(0, len(batch), ROWS_AT_A_TIME):
-            places = torch.arange(start, min(start + ROWS_AT_A_TIME, len(batch)), device=batch.logits.device)
-            parts.append(_held_out(lm, batch.of(places)))
+    held = sum(len(memory) for memory in lm.memories)
+    counts = [k for k in n_neighbors if k <= held] or [max(1, held)]
+    tokens = held_out_tokens(lm, dataset, max(counts), limit=limit, batch_size=batch_size)
+    return tune_tokens(tokens, n_neighbors=counts, **options)
+
+
+def held_out_tokens(
+    lm: ResMemForCausalLM,
+    dataset: Items,
+    n_neighbors: int,
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+) -> HeldOutTokens:
+    """What `tune_tokens` chooses by, from one search.
+
+    Parameters
+    ----------
+    lm, dataset, limit, batch_size : as in `tune_language`.
+    n_neighbors : the largest k.
+
+    Raises
+    ------
+    InvalidInput : if the text is empty.
+    """
+    wide = lm.with_setting(replace(lm.setting, n_neighbors=n_neighbors, search_below=1.0))
+    parts: list[HeldOutTokens] = []
+    for batch in wide.watch.batches(dataset, batch_size, limit=limit):
+        parts += [_held_out(wide, batch.part(here)) for here in wide.blocks(len(batch))]
     if not parts:
         raise InvalidInput("the held-out text is empty: there is nothing to choose by")
-    return tune_tokens(HeldOutTokens.joined(parts), n_neighbors=counts, **options)
+    return HeldOutTokens.joined(parts)
 
 
 def _held_out(lm: ResMemForCausalLM, batch: TokenBatch) -> HeldOutTokens:
-    """What choosing a setting needs of some tokens."""
     with torch.inference_mode():
-        seen = lm._seen(batch.logits, batch.keys, always=True)
+        seen = lm.seen(batch.logits, batch.keys, always=True)
         assert seen is not None
-        recalled = seen.recalled
-        listed = torch.from_numpy(recalled.indices.astype(np.int64)).to(batch.logits.device)
-        at = seen.base.gather(1, listed.flatten(1)).view(listed.shape).cpu().numpy()
-        probability = seen.base.gather(1, batch.labels[:, None])[:, 0].cpu().numpy()
+        recalled, labels = seen.recalled, batch.labels[:, None]
+        probability = seen.base.gather(1, labels)[:, 0].cpu().numpy()
+        at = probabilities_at(seen.base, recalled.indices)
         hit, residual = residual_at(recalled, at, batch.labels.cpu().numpy(), probability)
-        first = torch.from_numpy(recalled.labels[:, :1].astype(np.int64)).to(batch.logits.device)
-        entropy = seen.log_normaliser[:, 0] - (seen.base * batch.logits).sum(1)
         return HeldOutTokens(
-            recalled.distances,
-            hit,
-            residual,
-            recalled.labels == recalled.labels[:, :1],
-            probability,
-            seen.base.amax(1).cpu().numpy(),
-            entropy.cpu().numpy(),
-            seen.base.gather(1, first)[:, 0].cpu().numpy(),
-            batch.documents,
+            recalled.distances, hit, residual, probability=probability, documents=batch.documents, **seen.cues
         )
 
 
