@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.errors import DimensionMismatch, FewerNeighbors, InvalidInput
+from residual_memory.errors import CorruptFile, DimensionMismatch, FewerNeighbors, InvalidInput
 from residual_memory.indexes.base import Index, Reject, nearest
 from residual_memory.indexes.distances import distances_among
-from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.indexes.registry import IndexSpec, build_index, load_index, saved_name
 from residual_memory.kernels import KRIGING, as_nugget, check_kernel, kernel_named, kriging_weights
 from residual_memory.memory import Column, Memory, Snapshot
 from residual_memory.sparse import Recalled, whole
@@ -222,6 +222,29 @@ class ResidualKNN:
         state, found = self._search(keys, as_count("n_neighbors", n_neighbors), exclude)
         return state.snapshot, found
 
+    def save_index(self) -> None:
+        """Keep the index with its memory, so that opening it again loads what would take long to build.
+
+        A regressor with the same index then loads it, whatever the options of its queries, and builds only what is new
+        or damaged. Each memory keeps one saved index, the last; `compact` removes it. It is derived: no answer rests on
+        it but through the shortlists that it proposes.
+
+        Raises
+        ------
+        InvalidInput : if the memory is in RAM, or the search is exact, which leaves nothing to save.
+        ReadOnlyMemory : if the memory is open read-only.
+        StorageFailure : if the disk refuses; an index saved earlier is still there.
+        """
+        state = self._current()
+        width = state.snapshot.layout.dim
+        named = [(saved_name(self._spec, width, part.n_rows), part) for part in state.parts]
+        built = [(name, part.first, part.n_rows, part.saved) for name, part in named if name is not None]
+        if not built and self.memory.path is not None:
+            raise InvalidInput(
+                f"there is nothing to save of {self.description}: exact search is made from the keys when they are read"
+            )
+        self.memory.save_parts(state.snapshot, built)
+
     def _search(self, keys: ArrayLike, k: int, exclude: ArrayLike | None) -> tuple[_State, Neighbors]:
         state = self._current()
         layout = state.snapshot.layout
@@ -248,6 +271,7 @@ class ResidualKNN:
         same_rows = before is not None and before.snapshot.generation == snapshot.generation
         parts = list(before.parts) if before is not None and same_rows else []
         table = before.table if before is not None and same_rows else None
+        parts += self._loaded(snapshot, sum(part.n_rows for part in parts))
         covered = sum(part.n_rows for part in parts)
         if not snapshot.n_rows:
             build_index(self._spec, snapshot.keys, 0, 0)  # a mistyped spec is refused before there are rows
@@ -256,8 +280,25 @@ class ResidualKNN:
             while parts and parts[-1].n_rows <= snapshot.n_rows - covered:
                 covered -= parts.pop().n_rows
             parts.append(build_index(self._spec, snapshot.keys, covered, snapshot.n_rows - covered))
+        if snapshot.n_rows and (before is None or before.snapshot.n_rows < snapshot.n_rows or not same_rows):
             table = _residual_table(snapshot, self.temperature, table)
         return _State(snapshot, tuple(parts), table)
+
+    def _loaded(self, snapshot: Snapshot, covered: int) -> Iterator[Index]:
+        """Saved parts of this index that follow one another from the first row that is not covered."""
+        width = snapshot.layout.dim
+        for part in self.memory.saved_parts(snapshot):
+            if part.first != covered or part.name != saved_name(self._spec, width, part.n_rows):
+                continue
+            pieces = self.memory.read_part(part)
+            if pieces is None:
+                continue
+            try:
+                index = load_index(self._spec, snapshot.keys, part.first, part.n_rows, pieces)
+            except CorruptFile:
+                continue
+            covered = part.end
+            yield index
 
     def _typical_distance(self) -> float:
         state = self._current()

@@ -111,6 +111,21 @@ def test_a_column_of_a_similar_name_is_suggested(here: Path) -> None:
 # ---------------------------------------------------------------------- corrupt, locked, refused
 
 
+def test_a_damaged_saved_index_is_told_but_is_no_damage_of_the_memory(memory: Path) -> None:
+    with rm.Memory.open(memory, writable=True) as held:
+        rm.ResidualKNN(held, n_neighbors=2, index="faiss:IVF1,Flat").save_index()
+    assert resmem("verify", memory, "--json").json["ignored"] == []
+    (file,) = memory.glob("index-*.bin")
+    file.write_bytes(b"half")
+    ran = resmem("verify", memory, "--json")
+    assert ran.code == 0
+    assert (ran.json["ok"], ran.json["problems"]) == (True, [])
+    assert [problem["file"] for problem in ran.json["ignored"]] == [file.name]
+    told = resmem("verify", memory).out
+    assert told.startswith("whole")
+    assert "passed over and built again" in told
+
+
 def test_damage_is_a_finding_of_verify_and_an_error_elsewhere(memory: Path) -> None:
     segment = next(memory.glob("rows-*"))
     content = bytearray(segment.read_bytes())

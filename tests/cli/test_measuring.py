@@ -146,6 +146,13 @@ def test_an_estimated_index_is_near_the_real_one(factory: str) -> None:
     assert done("estimate", *words).json["index_bytes"] == pytest.approx(real, rel=0.1)
 
 
+def test_an_estimate_knows_scann_and_refuses_its_mistyped_options() -> None:
+    words = ("estimate", "--rows", 10_000, "--dim", 64, "--outputs", 10, "--index")
+    assert done(*words, "scann:num_leaves=100", "--json").json["index_bytes"] == 10_000 * 36 + 4 * 100 * 64
+    assert resmem(*words, "scann?num_leaves=100").code == 2
+    assert resmem(*words, "scann:leaves=100").code == 2
+
+
 def test_an_estimate_knows_what_auto_comes_to() -> None:
     small = done("estimate", "--rows", 10_000, "--dim", 64, "--outputs", 10, "--json").json
     assert (small["index"], small["index_bytes"], small["residual_table_bytes"]) == ("exact", 2_560_000, 400_000)

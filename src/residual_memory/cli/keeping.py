@@ -1,14 +1,16 @@
 """`resmem forget`, `compact`, `verify` and `info`: looking after a memory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from residual_memory.cli.options import Json, MemoryPath, lines_of, open_memory, similar
 from residual_memory.cli.output import facts, report, shown, size_text, table
 from residual_memory.errors import InvalidInput, MemoryNotFound
-from residual_memory.memory import Memory
+from residual_memory.memory import Memory, Problem
 from residual_memory.memory.memory import verify as verify_memory
 
 
@@ -69,23 +71,43 @@ def verify(path: MemoryPath, as_json: Json = False) -> None:
         found = verify_memory(path)
     except MemoryNotFound as error:
         raise MemoryNotFound(f"{error}{similar(path)}") from None
-    problems = [{"file": problem.file, "what": problem.what} for problem in found.problems]
+    problems, ignored = _listed(found.problems), _listed(found.ignored)
     read = f"{found.n_files:,} files, {size_text(found.n_bytes)}"
+    lines: list[str | Table]
+    if found.ok:
+        lines = [
+            f"whole: {read} are as they were written" if not ignored else f"whole: {read}, but not its saved index"
+        ]
+    else:
+        lines = [
+            f"damaged: {len(problems):,} of {read}",
+            _file_table(problems),
+            "restore the named files from a copy, or build the memory again",
+        ]
+    if ignored:
+        lines += [_file_table(ignored), "a saved index that is damaged is passed over and built again"]
     report(
-        {"memory": path, "ok": found.ok, "problems": problems, "files": found.n_files, "bytes": found.n_bytes},
-        *(
-            [f"whole: {read} are as they were written"]
-            if found.ok
-            else [
-                f"damaged: {len(problems):,} of {read}",
-                table(("file", "what"), [(problem["file"], problem["what"]) for problem in problems]),
-                "restore the named files from a copy, or build the memory again",
-            ]
-        ),
+        {
+            "memory": path,
+            "ok": found.ok,
+            "problems": problems,
+            "ignored": ignored,
+            "files": found.n_files,
+            "bytes": found.n_bytes,
+        },
+        *lines,
         as_json=as_json,
     )
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _listed(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    return [{"file": problem.file, "what": problem.what} for problem in problems]
+
+
+def _file_table(problems: list[dict[str, str]]) -> Table:
+    return table(("file", "what"), [(problem["file"], problem["what"]) for problem in problems])
 
 
 def info(path: MemoryPath, as_json: Json = False) -> None:

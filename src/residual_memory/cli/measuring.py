@@ -21,6 +21,7 @@ from residual_memory.cli.output import facts, note, report, size_text, table
 from residual_memory.correction import TABLE_BYTES, ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import METRICS, Evaluation, Setting
+from residual_memory.indexes import scann
 from residual_memory.indexes.faiss import empty_index, required_rows
 from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec, auto_factory
 from residual_memory.memory import Memory
@@ -287,6 +288,10 @@ def _planned(d: int, c: int, task: Task, m: int | None, key_dtype: str, predicti
 def _index_bytes(spec: IndexSpec, n: int, d: int) -> tuple[str, int]:
     """The engine that a spec comes to for so many rows, and its bytes in RAM."""
     build = spec.build
+    if spec.engine == "scann" and n >= scann.required_rows(build):
+        settings = scann.build_settings(build, n)
+        codes = -(-d // int(settings["dimensions_per_block"]))
+        return f"scann {build}".rstrip(), n * (codes + 4) + 4 * int(settings["num_leaves"]) * d
     if spec.engine == "auto" and n > EXACT_UP_TO and importlib.util.find_spec("faiss"):
         build = auto_factory(d, n)
     elif spec.engine != "faiss":

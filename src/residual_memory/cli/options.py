@@ -9,6 +9,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from residual_memory.errors import DataNotFound, InvalidInput, MemoryNotFound, ResidualMemoryError
+from residual_memory.indexes import scann
 from residual_memory.indexes.faiss import empty_index
 from residual_memory.indexes.registry import IndexSpec
 from residual_memory.memory import Memory
@@ -83,6 +84,9 @@ def check_index(spec: str, dim: int) -> None:
     parsed = IndexSpec.parse(spec)
     if parsed.engine == "faiss" and parsed.build and importlib.util.find_spec("faiss"):
         empty_index(dim, parsed.build, {name: _number(name, value) for name, value in parsed.options.items()})
+    if parsed.engine == "scann":
+        scann.build_settings(parsed.build, 1)
+        scann.check_query_options({name: _number(name, value) for name, value in parsed.options.items()})
 
 
 def _number(name: str, value: str) -> float:

@@ -143,7 +143,7 @@ class Manifest:
         return replace(self, version=self.version + 1, **changes)
 
     def to_bytes(self) -> bytes:
-        return _canonical({"format": FORMAT, **asdict(self)})
+        return canonical({"format": FORMAT, **asdict(self)})
 
     @staticmethod
     def from_bytes(content: bytes, where: str) -> "Manifest":
@@ -154,7 +154,7 @@ class Manifest:
         UnsupportedFormat : if a newer library wrote it.
         CorruptFile : if it is not, to the byte, what was written.
         """
-        body = _checked_body(content, where)
+        body = checked_body(content, where)
         if (found := body.pop("format", None)) != FORMAT:
             newer = isinstance(found, int) and found > FORMAT
             hint = "; a newer residual-memory wrote it: upgrade this one" if newer else ""
@@ -165,7 +165,8 @@ class Manifest:
             raise CorruptFile(f"{where} is not a manifest: {error!r}") from error
 
 
-def _canonical(body: Mapping[str, Any]) -> bytes:
+def canonical(body: Mapping[str, Any]) -> bytes:
+    """An object as JSON in one form alone, under a checksum."""
     inner = json.dumps(body, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return f'{{"crc32":{zlib.crc32(inner.encode())},\n"body":{inner}}}\n'.encode()
 
@@ -191,11 +192,17 @@ def check_layout(layout: Layout) -> None:
         )
 
 
-def _checked_body(content: bytes, where: str) -> dict[str, Any]:
+def checked_body(content: bytes, where: str) -> dict[str, Any]:
+    """The object of `canonical`.
+
+    Raises
+    ------
+    CorruptFile : if a byte differs.
+    """
     try:
         parsed = json.loads(content)
         body = parsed["body"]
-        if not isinstance(body, dict) or _canonical(body) != content:
+        if not isinstance(body, dict) or canonical(body) != content:
             raise ValueError("its checksum or its form differs")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFile(f"{where} is damaged: {error}") from error
@@ -224,7 +231,7 @@ def _check_fields(manifest: Manifest) -> None:
     if len(set(named)) != len(named):
         raise ValueError("a file is named twice")
     for name in ("version", "generation", "next_id"):
-        if not _is_whole(getattr(manifest, name)):
+        if not is_whole(getattr(manifest, name)):
             raise ValueError(f"{name} is no whole number")
     for name in ("id_kind", "group_kind"):
         if getattr(manifest, name) not in (None, "integer", "string"):
@@ -236,7 +243,7 @@ def _check_fields(manifest: Manifest) -> None:
     if not all(value is None or isinstance(value, dict) for value in (manifest.source, manifest.setting)):
         raise ValueError("source or setting is no object")
     if (m := manifest.top_m) is not None and (
-        manifest.layout.residuals != "top-m" or not _is_whole(m) or not 1 <= m <= manifest.layout.n_outputs
+        manifest.layout.residuals != "top-m" or not is_whole(m) or not 1 <= m <= manifest.layout.n_outputs
     ):
         raise ValueError("top_m does not fit the layout")
     names = manifest.class_names
@@ -244,20 +251,32 @@ def _check_fields(manifest: Manifest) -> None:
         raise ValueError("class_names do not fit the layout")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer that a file may hold as a length or a count."""
     return type(value) is int and 0 <= value <= 1 << 63
 
 
 def _segment_of(entry: dict[str, Any]) -> Segment:
-    record = FileRecord(**{**entry["file"], "crc32": tuple(entry["file"]["crc32"])})
-    if not isinstance(record.name, str) or not re.fullmatch(SEGMENT_NAME, record.name):
-        raise ValueError(f"{record.name!r} is not the name of a segment")
-    n_rows = entry["n_rows"]
-    if not all(_is_whole(n) for n in (n_rows, record.length, record.chunk, *record.crc32)):
-        raise ValueError(f"{record.name} has a length or count that is not a whole number")
+    if not is_whole(n_rows := entry["n_rows"]):
+        raise ValueError("a number of rows is not a whole number")
+    return Segment(record_of(entry["file"], SEGMENT_NAME), n_rows)
+
+
+def record_of(entry: dict[str, Any], pattern: str) -> FileRecord:
+    """What is remembered of a file whose name must be of the pattern.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError : if it is not that.
+    """
+    record = FileRecord(**{**entry, "crc32": tuple(entry["crc32"])})
+    if not isinstance(record.name, str) or not re.fullmatch(pattern, record.name):
+        raise ValueError(f"{record.name!r} is not a name of such a file")
+    if not all(is_whole(n) for n in (record.length, record.chunk, *record.crc32)):
+        raise ValueError(f"{record.name} has a length or checksum that is not a whole number")
     if record.chunk == 0 or -(-record.length // record.chunk) != len(record.crc32):
         raise ValueError(f"{record.name} has {len(record.crc32)} checksums for {record.length} bytes")
-    return Segment(record, n_rows)
+    return record
 
 
 def encoded_strings(values: ndarray) -> ndarray:
@@ -348,7 +367,7 @@ class _Entry:
     def of(values: dict[str, Any]) -> "_Entry":
         first, last = values["data_offsets"]
         entry = _Entry(_DTYPES[values["dtype"]], tuple(values["shape"]), first, last)
-        if set(values) != {"dtype", "shape", "data_offsets"} or not all(map(_is_whole, (*entry.shape, first, last))):
+        if set(values) != {"dtype", "shape", "data_offsets"} or not all(map(is_whole, (*entry.shape, first, last))):
             raise ValueError("an entry is not of the expected form")
         return entry
 

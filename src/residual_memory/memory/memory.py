@@ -4,7 +4,7 @@ import datetime
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,17 @@ from residual_memory.memory.format import (
     segment_columns,
     segment_length_and_pieces,
 )
+from residual_memory.memory.saved import (
+    Pieces,
+    SavedPart,
+    check_parts,
+    is_whole_part,
+    read_part,
+    remove_part,
+    saved_parts,
+    sweep,
+    write_part,
+)
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import LOCK, PART, Directory, FileRecord
 from residual_memory.types import Metric, Task, TopM
@@ -68,14 +79,16 @@ class VerifyReport:
 
     Attributes
     ----------
-    ok : nothing is wrong.
+    ok : nothing is wrong with the memory.
     problems : file and place of each damage.
     n_files, n_bytes : what was read.
+    ignored : damage of a saved index, which is passed over and built again: the memory is whole without it.
     """
 
     problems: tuple[Problem, ...]
     n_files: int
     n_bytes: int
+    ignored: tuple[Problem, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -378,6 +391,54 @@ class Memory:
             return VerifyReport((), 0, 0)
         return verify(self._directory.path)
 
+    def saved_parts(self, snapshot: Snapshot) -> list[SavedPart]:
+        """The saved parts of an index over this snapshot's rows; none in RAM."""
+        return saved_parts(self._directory, snapshot) if self._directory else []
+
+    def read_part(self, part: SavedPart) -> Pieces | None:
+        """What an engine built, if it is to the byte what was saved."""
+        return read_part(self._directory, part) if self._directory else None
+
+    def save_parts(
+        self, snapshot: Snapshot, built: "Sequence[tuple[str, int, int, Callable[[], Pieces]]]"
+    ) -> tuple[SavedPart, ...]:
+        """Keep the parts of an index beside the rows, in the place of the index that was saved before.
+
+        Parameters
+        ----------
+        snapshot : whose rows they are of.
+        built : what each part is, its first row, its number of rows, and what gives the engine's bytes; it is not asked
+            for them where they lie there already.
+
+        Raises
+        ------
+        InvalidInput : if the memory is in RAM, or was compacted since.
+        ReadOnlyMemory : if this handle may not write.
+        StorageFailure : if the disk refuses; what was saved before is still there.
+        """
+        with self._changing:
+            if self._directory is None:
+                raise InvalidInput("the memory is in RAM, so an index cannot be saved with it; give it a path")
+            self._require_writable()
+            if snapshot.generation != self._snapshot.generation:
+                raise InvalidInput("the memory was compacted after the index was built; save the index again")
+            there = {(part.name, part.first, part.n_rows): part for part in saved_parts(self._directory, snapshot)}
+            kept: list[SavedPart] = []
+            fresh: list[SavedPart] = []
+            try:
+                for name, first, n_rows, pieces in built:
+                    part = there.get((name, first, n_rows))
+                    if part is None or not is_whole_part(self._directory, part):
+                        part = write_part(self._directory, snapshot, name, first, n_rows, pieces())
+                        fresh.append(part)
+                    kept.append(part)
+            except BaseException:
+                for part in fresh:
+                    remove_part(self._directory, part)
+                raise
+            sweep(self._directory, snapshot.generation, kept)
+            return tuple(kept)
+
     def close(self) -> None:
         """Let another process write; the rows stay readable through this handle."""
         with self._changing:
@@ -527,6 +588,8 @@ class Memory:
         """See a committed snapshot, and remove the files that only the one before it needed."""
         before, self._snapshot = self._snapshot, snapshot
         self._discard([record.name for record in before.manifest.files()])
+        if self._directory is not None and snapshot.generation != before.generation:
+            sweep(self._directory, snapshot.generation)  # an index of rows that are erased holds something of them
 
     def _discard(self, names: Sequence[str]) -> None:
         """Remove those of the files that the memory does not name."""
@@ -550,9 +613,10 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
         manifest = Manifest.from_bytes(content, str(directory.path / MANIFEST))
     except ResidualMemoryError as error:
         return VerifyReport((Problem(MANIFEST, f"cannot be read: {error}"),), 1, 0)
-    records = manifest.files()
-    n_bytes = len(content) + sum(record.length for record in records)
-    return VerifyReport(tuple(_damage(directory, manifest)), 1 + len(records), n_bytes)
+    records, derived = manifest.files(), list(check_parts(directory))
+    n_bytes = len(content) + sum(record.length for record in records) + sum(length for _, length, _ in derived)
+    ignored = tuple(Problem(name, what) for name, _, what in derived if what is not None)
+    return VerifyReport(tuple(_damage(directory, manifest)), 1 + len(records) + len(derived), n_bytes, ignored)
 
 
 def _require_empty(directory: Directory) -> None:
@@ -615,6 +679,7 @@ def _sweep(directory: Directory, manifest: Manifest) -> None:
     for name in directory.names():
         if name not in named and (name.startswith(_PREFIXES) or name == MANIFEST + PART):
             directory.remove(name)
+    sweep(directory, manifest.generation)
 
 
 def _live_tables(snapshot: Snapshot) -> Iterator[Table]:

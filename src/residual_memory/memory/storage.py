@@ -148,6 +148,26 @@ class Directory:
             while piece := file.read(record.chunk):
                 yield piece
 
+    def content(self, record: FileRecord) -> memoryview:
+        """The whole of a file, if it is to the byte what was written.
+
+        Raises
+        ------
+        CorruptFile : if it is not.
+        """
+        target = self.path / record.name
+        if self.length(record.name) != record.length:
+            raise CorruptFile(f"{target} is missing, or has not {record.length:,} bytes")
+        content, filled = bytearray(record.length), 0
+        for piece, expected in zip(self.chunks(record), record.crc32, strict=False):
+            if zlib.crc32(piece) != expected:
+                raise CorruptFile(f"{target} is damaged")
+            content[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        if filled != record.length or len(content) != record.length:
+            raise CorruptFile(f"{target} is cut")
+        return memoryview(content).toreadonly()
+
     def map(self, name: str, dtype: Any, shape: tuple[int, ...], offset: int) -> ndarray:
         """A read-only view of a column of a file; the file may be removed while the view lives."""
         if 0 in shape:

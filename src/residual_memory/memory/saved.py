@@ -1,0 +1,190 @@
+"""Built indexes kept beside the rows of a memory.
+
+    index-GENERATION-FIRST-ROWS-RANDOM.json     what was built of which rows, and its files; written last
+    index-GENERATION-FIRST-ROWS-RANDOM-K.bin    the engine's own bytes
+
+They are derived: no manifest names them, and what is damaged, cut, of other rows or of another engine is as good as
+not there. Checksums tell damage, not malice: an engine reads its bytes in native code.
+"""
+
+import re
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy import ndarray
+
+from residual_memory.errors import CorruptFile, StorageFailure
+from residual_memory.memory.format import canonical, checked_body, is_whole, record_of
+from residual_memory.memory.snapshot import Snapshot
+from residual_memory.memory.storage import Directory, FileRecord
+
+PREFIX = "index-"
+SAVED_FORMAT = 1
+MAX_DESCRIPTION = 1 << 20
+SAMPLED_ROWS = 256
+
+_STEM = r"index-(\d{8,})-\d{12,}-\d{12,}-[0-9a-f]{8}"
+_DESCRIPTION = re.compile(_STEM + r"\.json")
+
+Pieces = Mapping[str, bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class SavedPart:
+    """An index over rows `first` … `first + n_rows − 1` of one generation.
+
+    Attributes
+    ----------
+    file : its description's.
+    name : what was built, and by which version of which engine.
+    generation : in which the numbers of the rows hold.
+    sample : checksum of some of the keys.
+    pieces : the engine's names of its files.
+    """
+
+    file: str
+    name: str
+    generation: int
+    first: int
+    n_rows: int
+    sample: int
+    pieces: Mapping[str, FileRecord]
+
+    @property
+    def end(self) -> int:
+        return self.first + self.n_rows
+
+
+def saved_parts(directory: Directory, snapshot: Snapshot) -> list[SavedPart]:
+    """The parts that are of this snapshot's rows, by their first row, the longest first; their files are unchecked."""
+    try:
+        found = [_described(directory, name) for name in _descriptions(directory)]
+    except StorageFailure:
+        return []
+    fitting = [part for part in found if part is not None and _fits(part, snapshot)]
+    return sorted(fitting, key=lambda part: (part.first, -part.n_rows))
+
+
+def read_part(directory: Directory, part: SavedPart) -> Pieces | None:
+    """The engine's bytes, each compared with its checksum; None where one is not as it was written."""
+    try:
+        return {piece: directory.content(record) for piece, record in part.pieces.items()}
+    except (CorruptFile, StorageFailure):
+        return None
+
+
+def write_part(
+    directory: Directory, snapshot: Snapshot, name: str, first: int, n_rows: int, pieces: Pieces
+) -> SavedPart:
+    """Keep what an engine built, durably; on any failure nothing of it stays.
+
+    Raises
+    ------
+    StorageFailure : if the disk refuses.
+    """
+    stem = f"{PREFIX}{snapshot.generation:08d}-{first:012d}-{n_rows:012d}-{secrets.token_hex(4)}"
+    files = {piece: f"{stem}-{place}.bin" for place, piece in enumerate(pieces)}
+    description = f"{stem}.json"
+    try:
+        records = {
+            piece: directory.write(file, [pieces[piece]], memoryview(pieces[piece]).nbytes)
+            for piece, file in files.items()
+        }
+        sample = _sample(snapshot, first, n_rows)
+        part = SavedPart(description, name, snapshot.generation, first, n_rows, sample, records)
+        content = canonical({"format": SAVED_FORMAT, **asdict(part)})
+        directory.write(description, [content], len(content))
+    except BaseException:
+        _remove(directory, [description, *files.values()])
+        raise
+    return part
+
+
+def is_whole_part(directory: Directory, part: SavedPart) -> bool:
+    """Whether its files are as they were written."""
+    try:
+        return all(directory.check(record) is None for record in part.pieces.values())
+    except StorageFailure:
+        return False
+
+
+def remove_part(directory: Directory, part: SavedPart) -> None:
+    """Remove its description and then its files."""
+    _remove(directory, [part.file, *(record.name for record in part.pieces.values())])
+
+
+def sweep(directory: Directory, generation: int, kept: Iterable[SavedPart] | None = None) -> None:
+    """Remove what is of another generation, and the files that no description names.
+
+    Parameters
+    ----------
+    kept : remove all but these; None keeps every part of the generation.
+    """
+    named: set[str] = set()
+    described = [_described(directory, name) for name in _descriptions(directory)] if kept is None else kept
+    for part in described:
+        if part is not None and part.generation == generation:
+            named |= {part.file, *(record.name for record in part.pieces.values())}
+    # Descriptions go first: what they name is then no part that somebody may take for whole.
+    for name in sorted(directory.names(), key=lambda name: not name.endswith(".json")):
+        if name.startswith(PREFIX) and name not in named:
+            directory.remove(name)
+
+
+def check_parts(directory: Directory) -> Iterator[tuple[str, int, str | None]]:
+    """Each file of each saved index, its bytes, and what is wrong with it; None where it is as it was written."""
+    for name in _descriptions(directory):
+        part = _described(directory, name)
+        yield name, directory.length(name) or 0, "is no description of a saved index" if part is None else None
+        for record in part.pieces.values() if part else ():
+            yield record.name, record.length, directory.check(record)
+
+
+def _descriptions(directory: Directory) -> list[str]:
+    return [name for name in directory.names() if _DESCRIPTION.fullmatch(name)]
+
+
+def _described(directory: Directory, name: str) -> SavedPart | None:
+    """What a description says; None where it cannot be trusted."""
+    if directory.length(name) is None:
+        return None  # a link, for example
+    try:
+        body = checked_body(directory.read(name, MAX_DESCRIPTION), name)
+        if body.pop("format") != SAVED_FORMAT or body["file"] != name:
+            return None
+        pattern = re.escape(name.removesuffix(".json")) + r"-\d+\.bin"
+        pieces = {piece: record_of(entry, pattern) for piece, entry in body.pop("pieces").items()}
+        part = SavedPart(**body, pieces=pieces)
+        _check(part)
+        return part
+    except (CorruptFile, StorageFailure, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _check(part: SavedPart) -> None:
+    numbers: list[Any] = [part.generation, part.first, part.n_rows, part.sample]
+    if not all(map(is_whole, numbers)) or not part.n_rows or not isinstance(part.name, str):
+        raise ValueError("a field is not of the expected form")
+
+
+def _fits(part: SavedPart, snapshot: Snapshot) -> bool:
+    if part.generation != snapshot.generation or part.end > snapshot.n_rows:
+        return False
+    return part.sample == _sample(snapshot, part.first, part.n_rows)
+
+
+def _sample(snapshot: Snapshot, first: int, n_rows: int) -> int:
+    """Of keys that lie evenly over the rows: another memory has others."""
+    rows = first + np.unique(np.linspace(0, n_rows - 1, SAMPLED_ROWS).astype(np.int64))
+    keys: Shaped[ndarray, "s d"] = snapshot.keys.take(rows)
+    return zlib.crc32(f"{keys.dtype} {keys.shape}".encode() + np.ascontiguousarray(keys).tobytes())
+
+
+def _remove(directory: Directory, names: Iterable[str]) -> None:
+    for name in names:
+        directory.remove(name)
