@@ -43,3 +43,13 @@ def correction(keys: ndarray, rest: ndarray, queries: ndarray, k: int, bandwidth
     """Σ w r [q c] over the k nearest keys, whose residuals are `rest` [n c]."""
     distances, rows = neighbors(keys, queries, k)
     return np.einsum("qk,qkc->qc", weights(distances, bandwidth, kernel), rest[rows])
+
+
+def completed(indices: ndarray, probabilities: ndarray, rest: float, said: ndarray) -> ndarray:
+    """A top-m row as a whole distribution [c]: what it does not list shares the rest in proportion to `said` [c]."""
+    others = np.ones(len(said), bool)
+    others[indices] = False
+    whole = np.zeros(len(said))
+    whole[indices] = probabilities
+    whole[others] = rest * said[others] / said[others].sum() if said[others].sum() > 0 else 0
+    return whole / whole.sum()

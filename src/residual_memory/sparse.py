@@ -77,15 +77,19 @@ def whole(predictions: Float[ndarray, "q k c"]) -> TopM:
 
 
 def merged(found: Sequence[Recalled], k: int) -> Recalled:
-    """The k nearest over several memories.
+    """The k nearest over several memories; equally near ones in the order of the memories.
 
     Raises
     ------
     InvalidInput : if the memories list different numbers of classes a row.
     """
+    found = [one for one in found if np.isfinite(one.distances).any()] or found[:1]  # one without rows has no m yet
     listed = sorted({one.indices.shape[2] for one in found})
     if len(listed) > 1:
-        raise InvalidInput(f"the memories keep the top {' and '.join(map(str, listed))}, expected the same m in all")
+        raise InvalidInput(
+            f"the memories keep the top {' and '.join(map(str, listed))}, expected the same m in all; "
+            "build them with the same top_m"
+        )
     together = {name: np.concatenate([getattr(one, name) for one in found], axis=1) for name in COLUMNS}
     order = np.argsort(together["distances"], axis=1, kind="stable")[:, :k]
     rows = np.arange(len(order))[:, None]
@@ -103,17 +107,20 @@ def tail_shares(
     ----------
     base : the query's probability of each listed class.
     """
-    outside = 1 - base.sum(axis=2)
+    outside = 1 - base.sum(axis=2, dtype=np.float64)
     shares = np.where(outside > SMALLEST_TAIL, recalled.rest / np.maximum(outside, SMALLEST_TAIL), 0.0)
-    listed = recalled.probabilities.sum(axis=2)
+    listed = recalled.probabilities.sum(axis=2, dtype=np.float64)
     factors = np.where(outside > SMALLEST_TAIL, 1.0, 1 / np.maximum(listed, SMALLEST_TAIL))
-    return shares.astype(np.float32), factors.astype(np.float32)
+    return shares, factors
 
 
 def sparse_residual(
     recalled: Recalled, weights: Float[ndarray, "q k"], base: Float[ndarray, "q k m"]
 ) -> SparseResidual:
     """Σ w (onehot(label) − prediction) over the neighbours.
+
+    In double precision: where the query's own prediction leaves little to the classes that are not listed, what is
+    taken away everywhere and given back at the listed ones are many times the result.
 
     Parameters
     ----------
@@ -123,7 +130,7 @@ def sparse_residual(
     """
     q, k, m = recalled.indices.shape
     shares, factors = tail_shares(recalled, base)
-    weights = weights.astype(np.float32)
+    weights = weights.astype(np.float64)
     taken = base * shares[:, :, None]
     taken -= recalled.probabilities * factors[:, :, None]
     taken *= weights[:, :, None]

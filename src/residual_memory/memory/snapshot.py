@@ -190,7 +190,7 @@ class Snapshot:
             return regression_residuals(targets, predictions)
         return classification_residuals(targets, predictions, temperature)
 
-    def predictions(self, rows: Int64[ndarray, " b"]) -> Float[ndarray, "b c"]:
+    def predictions(self, rows: Int64[ndarray, "*b"]) -> Float[ndarray, "*b c"]:
         """What the base said of these rows, at temperature 1, as whole distributions."""
         if self.layout.residuals == "dense":
             return _computable(self.column("predictions").take(rows))

@@ -42,7 +42,7 @@ from residual_memory.models.watching import (
     watching,
 )
 from residual_memory.progress import progress_bar
-from residual_memory.sparse import Recalled, merged, residual_at, sparse_residual
+from residual_memory.sparse import Recalled, SparseResidual, merged, residual_at, sparse_residual
 from residual_memory.types import Metric, Observations, TopM
 from residual_memory.validation import as_count, as_fraction
 
@@ -75,6 +75,7 @@ ROWS_AT_A_TIME = 1024  # tokens that are corrected together, fewer where the lis
 LIST_BYTES = 64 << 20  # of those lists
 SMALLEST_BASE = torch.finfo(torch.float32).tiny ** 0.5
 PROJECTION_SAMPLE = 20_000  # keys that principal components are found from
+MANY_TIMES = 1000.0  # the base that is taken away from a row and given back; beyond it single precision is too coarse
 GROUP = 64  # classes whose largest is looked at first when the top m are sought
 
 Residuals = Literal["top-m", "dense"]
@@ -671,7 +672,7 @@ class ResMemForCausalLM(nn.Module):
             scores = seen.corrected(rows)
             changed = _roomy(logits, self.memories) if changed is None else changed
             places = here.start + seen.rows[rows]
-            changed[places] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
+            changed[places, : scores.shape[1]] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
         return changed
 
     def recall(self, keys: Float[Tensor, "n d"], n_neighbors: int | None = None) -> Recalled:
@@ -845,15 +846,30 @@ def corrected_probabilities(
     amount : the shrinkage of each row.
     """
     residual = sparse_residual(recalled, weights, probabilities_at(base, recalled.indices))
-    shrinkage = amount.astype(np.float32)
-    scale = torch.from_numpy(1 - shrinkage * residual.scale).to(base.device)
     width = max(base.shape[1], int(residual.classes.max(initial=0)) + 1)
     base = functional.pad(base, (0, width - base.shape[1]))
-    scores = base * scale[:, None]
-    values = torch.from_numpy(shrinkage[:, None] * residual.values).to(base.device)
-    scores.scatter_add_(1, torch.from_numpy(residual.classes).to(base.device), values)
+    scores = _added(base, residual, amount)
     scores = torch.maximum(scores, FLOOR * base.clamp_min(SMALLEST_BASE))
     return scores / scores.sum(1, keepdim=True)
+
+
+def _added(base: Float[Tensor, "r v"], residual: SparseResidual, amount: Float[ndarray, " r"]) -> Float[Tensor, "r v"]:
+    """Base + amount · residual.
+
+    Where many times the base are taken away everywhere and given back at the listed classes, single precision would
+    leave few digits of the difference: those rows are summed in double.
+    """
+    scale, values = amount * residual.scale, amount[:, None] * residual.values
+    classes = torch.from_numpy(residual.classes).to(base.device)
+
+    def summed(base: Tensor, rows: Any) -> Tensor:
+        kept = torch.from_numpy(1 - scale[rows]).to(base)
+        return (base * kept[:, None]).scatter_add_(1, classes[rows], torch.from_numpy(values[rows]).to(base))
+
+    scores = summed(base, slice(None))
+    if len(many := np.flatnonzero(scale > MANY_TIMES)):
+        scores[many] = summed(base[many].double(), many).to(scores)
+    return scores
 
 
 def probabilities_at(base: Float[Tensor, "r v"], classes: Int[ndarray, "r *s"]) -> Float[ndarray, "r *s"]:
