@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import faiss
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -34,3 +35,9 @@ def values() -> Problem:
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
     """Where a memory lives: None is in RAM."""
     return tmp_path / "memory" if request.param == "disk" else None
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape checks off, as for users: beartype stops a wrong word first, and makes an exporter fix the batch size."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

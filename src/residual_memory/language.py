@@ -240,13 +240,19 @@ def tune_tokens(
     kernels : to try.
     shrinkages : constant ones to try; 0 is always tried.
     n_folds, seed : of the cross-fitting.
+
+    Raises
+    ------
+    InvalidInput : if there is no setting to try, one cannot be used, or there are fewer than two documents or folds.
     """
     usable = [k for k in sorted({as_count("n_neighbors", k) for k in n_neighbors}) if k <= tokens.distances.shape[1]]
-    amounts = np.array(sorted({0.0, *shrinkages}))
+    amounts = np.array(sorted({0.0, *(as_fraction("shrinkage", amount) for amount in shrinkages)}))
     shapes = [
         LanguageSetting(k, scale * _typical(tokens.distances[:, k - 1]), kernel)
         for k, scale, kernel in product(usable or [tokens.distances.shape[1]], bandwidths, kernels)
     ]
+    if not shapes:
+        raise InvalidInput("there is no setting to try, expected at least one kernel and one bandwidth")
     best: tuple[float, LanguageSetting] = (np.inf, LanguageSetting(shrinkage=0.0))
     best_interpolation = best
     for shape in shapes:
@@ -366,7 +372,7 @@ class TokenScores:
         """Base − corrected log-loss in nats; whole documents are the draws of the interval."""
         return mean_interval(self.base_loss - self.corrected_loss, self.documents)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | int]:
         """Figures by the names of the result files."""
         accuracy, loss = self.accuracy_gain, self.log_loss_gain
         return {
@@ -385,7 +391,7 @@ class TokenScores:
             "searched": float(self.searched.mean()),
         }
 
-    def by_frequency(self, counts: Int64[ndarray, " v"]) -> list[dict[str, float]]:
+    def by_frequency(self, counts: Int64[ndarray, " v"]) -> list[dict[str, float | int]]:
         """The summary for tokens of each frequency in the training text.
 
         Parameters

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int64, Integer
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
@@ -100,7 +100,8 @@ class Windows:
         tokens, owners = np.zeros(0, np.int64), np.zeros(0, np.int64)
         start, waiting, n_waiting, skip = 0, [], 0, 0
         for number, document in enumerate(self._documents, self._first):
-            piece = np.asarray(document, np.int64) if self._end is None else np.array([*document, self._end], np.int64)
+            piece = _numbers(document, number)
+            piece = piece if self._end is None else np.append(piece, self._end)
             waiting.append((piece, np.full(len(piece), number)))
             n_waiting += len(piece)
             if len(tokens) + n_waiting <= self.length:
@@ -120,3 +121,15 @@ class Windows:
     def _window(self, tokens: ndarray, owners: ndarray, start: int, skip: int) -> Window:
         size = self.length + 1
         return {"input_ids": tokens[:size], "documents": owners[:size], "start": start, "skip": skip}
+
+
+def _numbers(document: Tokens, number: int) -> Int64[ndarray, " t"]:
+    """A document as an array of token numbers."""
+    array = np.asarray(document)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        kind = "a str" if isinstance(document, str) else f"{array.dtype} of shape {array.shape}"
+        raise InvalidInput(
+            f"document {number} is {kind}, expected token numbers on one axis; "
+            "Encoded(texts, encode) makes them of texts"
+        )
+    return array.astype(np.int64)

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -65,12 +64,6 @@ def n_hooks(model: nn.Module) -> int:
 
 def first_inputs(inputs: Tensor) -> Tensor:
     return inputs[:, :2] * 3
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shape checks off, as for users: beartype stops a wrong word first, and makes an exporter fix the batch size."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 class Fails(nn.Module):
