@@ -63,7 +63,7 @@ def building() -> Row:
         with tempfile.TemporaryDirectory() as folder:
             build_memory(network, dataset, Path(folder) / "memory", layer="head", verbose=False).close()
 
-    return _row("build of 10,000 images on disk, ResNet-8", "bare forward pass", 1.15, *_in_turns(ours, bare))
+    return row_of("build of 10,000 images on disk, ResNet-8", "bare forward pass", 1.15, *in_turns(ours, bare))
 
 
 def correcting() -> list[Row]:
@@ -86,7 +86,7 @@ def correcting() -> list[Row]:
             return module(images)
 
         name = f"corrected prediction, ResNet-{depth}, batch {BATCH:,}, exact over 50,000 keys"
-        rows.append(_row(name, "base prediction", goal, *_in_turns(ours, base)))
+        rows.append(row_of(name, "base prediction", goal, *in_turns(ours, base)))
     return rows
 
 
@@ -99,8 +99,8 @@ def searching() -> Row:
     knn = ResidualKNN(memory, n_neighbors=50, bandwidth=1.0, index="exact:faiss")
     flat = faiss.IndexFlatL2(64)
     flat.add(keys)
-    times = _in_turns(lambda: knn.search(queries, 50), lambda: flat.search(queries, 50), turns=31)
-    return _row(f"exact search, {N_IMAGES['test']:,} queries, 50,000 x 64, k = 50", "faiss Flat", 1.1, *times)
+    times = in_turns(lambda: knn.search(queries, 50), lambda: flat.search(queries, 50), turns=31)
+    return row_of(f"exact search, {N_IMAGES['test']:,} queries, 50,000 x 64, k = 50", "faiss Flat", 1.1, *times)
 
 
 def streaming() -> list[Row]:
@@ -115,8 +115,8 @@ def streaming() -> list[Row]:
             per_row = memory.n_bytes / len(memory)
             estimated = memory.layout.bytes_per_row()
     size = f"{STREAMED_ROWS:,} x {STREAMED_DIM} float32, {STREAMED_OUTPUTS} outputs"
-    peak = _row(f"peak memory of a streamed build, {size}", "600 MB", 1.0, measured["peak_bytes"], 600e6)
-    bytes_ = _row(f"bytes a row on disk, {size}", "resmem estimate", 1.1, per_row, estimated)
+    peak = row_of(f"peak memory of a streamed build, {size}", "600 MB", 1.0, measured["peak_bytes"], 600e6)
+    bytes_ = row_of(f"bytes a row on disk, {size}", "resmem estimate", 1.1, per_row, estimated)
     return [peak | {"unit": "bytes", "build_seconds": measured["seconds"]}, bytes_ | {"unit": "bytes"}]
 
 
@@ -134,7 +134,7 @@ def _write_arrays(folder: Path) -> None:
     np.save(folder / "labels.npy", random.integers(0, STREAMED_OUTPUTS, STREAMED_ROWS))
 
 
-def _in_turns(ours: Callable[[], object], theirs: Callable[[], object], turns: int = TURNS) -> tuple[float, float]:
+def in_turns(ours: Callable[[], object], theirs: Callable[[], object], turns: int = TURNS) -> tuple[float, float]:
     """Median seconds of two things that are run in turns, after one turn to warm up."""
     seconds: list[tuple[float, float]] = []
     for _ in range(turns + 1):
@@ -147,7 +147,8 @@ def _in_turns(ours: Callable[[], object], theirs: Callable[[], object], turns: i
     return statistics.median(own), statistics.median(other)
 
 
-def _row(setting: str, against: str, goal: float, ours: float, theirs: float) -> Row:
+def row_of(setting: str, against: str, goal: float, ours: float, theirs: float) -> Row:
+    """A row of a result file: ours over theirs, to be at most the goal."""
     return {
         "setting": setting,
         "ratio": ours / theirs,

@@ -5,6 +5,8 @@ import importlib
 
 RECIPES = {
     "cifar100": "experiments.cifar100.table",
+    "language": "experiments.language.table",
+    "language-words": "experiments.language.words",
     "linear-regression": "experiments.linear_regression",
     "roses": "experiments.cifar100.roses",
     "sample-size": "experiments.cifar100.sample_size",

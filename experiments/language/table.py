@@ -5,6 +5,7 @@
 Networks are trained first (experiments/runs/language.sh); memories are built in the user cache and kept there.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +60,12 @@ class Plan:
 
 FULL = Plan(
     base=Training(),
-    larger=Training(shape="twice", tokens=5_000_000),
+    larger=Training(shape="twice", tokens=3_000_000),
     epochs=Training(tokens=400_000, epochs=8),
-    held_out=("valid", 30_000),
-    test=60_000,
+    held_out=("valid", 20_000),
+    test=40_000,
     sizes=(1_000_000, 3_000_000),
-    n_neighbors=(16, 64, 256),
+    n_neighbors=(64, 256),
     single=(1, 4, 16, 64, 256),
     dense=(400_000, 20_000),
 )
@@ -86,8 +87,8 @@ def index_for(n_rows: int) -> str:
     """Exact for small memories; beyond, inverted files with 16 bytes a row, re-ranked from the memory's keys."""
     if n_rows <= EXACT_UP_TO:
         return "exact"
-    cells = 1024 if n_rows <= 2_000_000 else 2048 if n_rows <= 6_000_000 else 4096
-    return f"faiss:IVF{cells},PQ32x4fs?nprobe=32&k_factor=8"
+    cells = 1024 if n_rows <= 4_000_000 else 2048
+    return f"faiss:IVF{cells},PQ32x4fs?nprobe=16&k_factor=8"
 
 
 def windows(tokens: Tokens) -> rm.Windows:
@@ -99,8 +100,10 @@ def built(network: T5DecoderLM, tokens: Tokens, name: str, **options: Any) -> Me
     """The memory of these tokens, from the user cache where an earlier run built it."""
     path = user_cache() / "language" / "memories" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    began = path.exists()
     memory = rm.build_memory(network, windows(tokens), path, autocast=torch.bfloat16, **options)
-    memory.compact()
+    if not began:
+        memory.compact()  # into few segments, which are read faster; later it would take the saved index away
     return memory
 
 
@@ -183,8 +186,17 @@ class Recipe:
                 self.compare(f"{base.shape}, {_short(size)} in memory", lm)
         lm = with_memory(network, memory)
         self.compare(f"{base.shape}, {_short(base.tokens)} in memory", lm)
+        self.scann(network, memory)
         self.neighbors(lm)
         memory.close()
+
+    def scann(self, network: T5DecoderLM, memory: Memory) -> None:
+        """The paper's engine, on the smallest of the memories."""
+        size, shape = self.plan.sizes[0], self.plan.base.shape
+        setting = f"{shape}, {_short(size)} in memory, scann"
+        if importlib.util.find_spec("scann") and not self.file.holds(f"{setting}, resmem", 0):
+            small = some_rows(memory, np.arange(size))
+            self.compare(setting, with_memory(network, small, "scann"), ks=(min(64, max(self.plan.n_neighbors)),))
 
     def neighbors(self, lm: ResMemForCausalLM) -> None:
         """One k after the other, from the same search."""
@@ -309,7 +321,7 @@ class Recipe:
         layout, m = memory.layout, memory.snapshot.manifest.top_m
         row_bytes = layout.bytes_per_row(m) - 8 - 2 * layout.dim  # without id and key, which stay on disk
         resident = row_bytes + (code + ID_BYTES if code else 0)
-        scores = self.compare(setting, with_memory(network, memory, index), bytes_per_token=resident, **etc)
+        scores = self.compare(setting, with_memory(network, memory, index), bytes_per_token=resident, **more)
         self.file.change(f"{setting}, resmem", 0, share_of_dense_gain=scores["resmem"].accuracy_gain.value / whole)
 
     def gain(self, setting: str) -> float:
@@ -338,8 +350,8 @@ def run(*, quick: bool, fresh: bool) -> None:
     """Measure what the result file does not hold yet, and print the table."""
     plan, folder = (QUICK, RESULTS.parent / "quick") if quick else (FULL, RESULTS)
     data = (
-        f"{plan.base.corpus}: settings from the first {plan.held_out[1]:,} tokens of its {plan.held_out[0]} split, figures "
-        f"on the first {plan.test:,} of its test split, windows of {WINDOW} predictions; intervals by document"
+        f"{plan.base.corpus}: settings from the first {plan.held_out[1]:,} tokens of its {plan.held_out[0]} split, "
+        f"figures on the first {plan.test:,} of its test split, windows of {WINDOW} predictions; intervals by document"
     )
     file = ResultFile("language", "python -m experiments language", data, folder=folder, fresh=fresh)
     if quick and not plan.base.weights().exists():
