@@ -6,7 +6,9 @@ Networks are trained first (experiments/runs/language.sh); memories are built in
 """
 
 import importlib.util
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,9 +39,10 @@ class Plan:
 
     Attributes
     ----------
-    base, larger, epochs : trained networks; the tokens that trained each are what its memory holds.
+    base, larger, epochs : trained networks; a memory holds tokens that its base was trained on.
     held_out : split and number of tokens that settings are chosen by.
     test : tokens that figures are measured on.
+    larger_rows : of the larger base's memory, the first of the text.
     sizes : smaller memories of the base.
     n_neighbors : values of k to choose from.
     single : values of k to measure one by one.
@@ -48,6 +51,7 @@ class Plan:
 
     base: Training
     larger: Training | None
+    larger_rows: int
     epochs: Training | None
     held_out: tuple[str, int]
     test: int
@@ -61,17 +65,19 @@ class Plan:
 FULL = Plan(
     base=Training(),
     larger=Training(shape="twice", tokens=3_000_000),
-    epochs=Training(tokens=400_000, epochs=8),
+    larger_rows=1_000_000,
+    epochs=Training(tokens=200_000, epochs=8),
     held_out=("valid", 20_000),
     test=40_000,
     sizes=(1_000_000, 3_000_000),
     n_neighbors=(64, 256),
     single=(1, 4, 16, 64, 256),
-    dense=(400_000, 20_000),
+    dense=(200_000, 20_000),
 )
 QUICK = Plan(
     base=Training("micro", 1_024, "c4", "valid", 30_000),
     larger=None,
+    larger_rows=0,
     epochs=None,
     held_out=("train", 3_000),
     test=3_000,
@@ -261,9 +267,9 @@ class Recipe:
         """A larger base, with the tokens that it was trained on."""
         if (other := self.plan.larger) is None:
             return
-        tokens = tokens_of(other.corpus, other.split, other.vocabulary, limit=other.tokens)
-        memory = built(other.load(), tokens, other.weights().stem)
-        self.compare(f"{other.shape}, {_short(other.tokens)} in memory", with_memory(other.load(), memory))
+        rows = self.plan.larger_rows
+        memory = built(other.load(), self.train.first(rows + 1), f"{other.weights().stem}-{rows}")
+        self.compare(f"{other.shape}, {_short(rows)} in memory", with_memory(other.load(), memory))
         memory.close()
 
     def epochs(self) -> None:
@@ -348,7 +354,7 @@ def _short(n: int) -> str:
 
 def run(*, quick: bool, fresh: bool) -> None:
     """Measure what the result file does not hold yet, and print the table."""
-    plan, folder = (QUICK, RESULTS.parent / "quick") if quick else (FULL, RESULTS)
+    plan, folder = (QUICK, Path(tempfile.mkdtemp())) if quick else (FULL, RESULTS)
     data = (
         f"{plan.base.corpus}: settings from the first {plan.held_out[1]:,} tokens of its {plan.held_out[0]} split, "
         f"figures on the first {plan.test:,} of its test split, windows of {WINDOW} predictions; intervals by document"

@@ -5,6 +5,7 @@ python -m experiments language-words
 
 import html
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,7 +129,7 @@ span {{ display: inline-block; width: 3em; color: #888 }}
 def run(*, quick: bool, fresh: bool) -> None:
     """Look for examples in the first test tokens, write them and their page."""
     del fresh
-    plan, folder = (QUICK, RESULTS.parent / "quick") if quick else (FULL, RESULTS)
+    plan, folder = (QUICK, Path(tempfile.mkdtemp())) if quick else (FULL, RESULTS)
     recipe = Recipe(plan, ResultFile("language", "", "", folder=folder))
     lm = with_memory(plan.base.load(), recipe.base_memory())
     chosen = chosen_methods(lm, windows(recipe.held_out), n_neighbors=(max(plan.n_neighbors),), limit=plan.held_out[1])
