@@ -113,6 +113,10 @@ class Setting:
         ------
         InvalidInput : if a name is not an attribute of a setting, or the gate is none.
         """
+        if "search_below" in values:
+            raise InvalidInput(
+                "this is the setting of a language model's memory; use ResMemForCausalLM, or resmem with a .txt file"
+            )
         gate = values.get("gate")
         try:
             return Setting(**{**values, "gate": None if gate is None else Gate.from_dict(gate)})

@@ -109,6 +109,11 @@ class LanguageSetting:
         ------
         InvalidInput : if a name is not an attribute of a setting, or a value cannot be used.
         """
+        if "temperature" in values:
+            raise InvalidInput(
+                "this is the setting of a memory of other predictions than a language model's; "
+                "choose one with tune_language, or resmem tune with a .txt file"
+            )
         gate = values.get("gate")
         try:
             return LanguageSetting(**{**values, "gate": None if gate is None else TokenGate.from_dict(gate)})
@@ -409,10 +414,15 @@ class TokenScores:
         ]
 
     @property
+    def helps(self) -> bool:
+        """Whether accuracy or log-loss gain with 95 % confidence."""
+        return self.log_loss_gain.low > 0 or self.accuracy_gain.low > 0
+
+    @property
     def verdict(self) -> str:
         """In one line, for people."""
         gain = self.accuracy_gain
-        if self.log_loss_gain.low <= 0 and gain.low <= 0:
+        if not self.helps:
             return "no gain: do not deploy"
         before, after = np.exp(self.base_loss.mean()), np.exp(self.corrected_loss.mean())
         return (
