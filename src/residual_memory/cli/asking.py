@@ -43,7 +43,7 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option("--top", metavar="N", help="Classes to name for each row.")] = 3,
     index: Index = "auto",
-    batch_size: BatchSize = options.MODEL_BATCH,
+    batch_size: BatchSize = None,
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:

@@ -11,27 +11,49 @@ import typer
 from numpy import ndarray
 
 from residual_memory.cli import options
-from residual_memory.cli.data import Block, NpyColumn, Reading, Rows, open_data, open_rows
+from residual_memory.cli.data import Block, NpyColumn, Reading, Rows, batch_of, open_data, open_rows
 from residual_memory.cli.images import ImageFolder
 from residual_memory.cli.loading import FITTING, Examples, as_torch_dataset, load_model, user_code
-from residual_memory.cli.options import BatchSize, Data, ImageSize, Json, MemoryPath, Model, Outputs, chosen
+from residual_memory.cli.options import (
+    Autocast,
+    BatchSize,
+    Data,
+    ImageSize,
+    Json,
+    Length,
+    Limit,
+    MemoryPath,
+    Model,
+    Outputs,
+    Tokenizer,
+    chosen,
+    leave_out,
+)
 from residual_memory.cli.output import note, report, size_text
+from residual_memory.cli.text import POST_ATTENTION, TextReading, autocast_named, reading
 from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput, ResidualMemoryError
 from residual_memory.memory import Memory
+from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.memory.format import MANIFEST, Layout
-from residual_memory.models.base import fill, warn_if_in_sample
+from residual_memory.models.base import Side, fill, warn_if_in_sample
 from residual_memory.progress import progress_bar
 from residual_memory.types import Metric, Observations, Task
-from residual_memory.validation import as_count, as_keys
+from residual_memory.validation import as_count, as_fraction, as_keys
+from residual_memory.windows import TextFile
 
 
 def build(
     path: Annotated[Path, typer.Argument(metavar="MEMORY", help="Directory to make.", show_default=False)],
     data: Data,
     model: Model = None,
+    tokenizer: Tokenizer = None,
     layer: Annotated[
         str | None,
-        typer.Option("--layer", metavar="NAME", help="Layer of the keys; by default the last Linear that runs."),
+        typer.Option(
+            "--layer",
+            metavar="NAME",
+            help="Layer of the keys; by default the last Linear that runs, for text post-attention.",
+        ),
     ] = None,
     side: Annotated[str, typer.Option("--side", metavar="SIDE", help="Of the layer: input or output.")] = "input",
     pool: Annotated[int, typer.Option("--pool", metavar="N", help="Average feature maps to N × N cells.")] = 1,
@@ -51,11 +73,21 @@ def build(
         Path | None, typer.Option("--class-names", metavar="FILE", help="Names of the classes, one a line.")
     ] = None,
     key_dtype: Annotated[
-        str, typer.Option("--key-dtype", metavar="TYPE", help="Stored keys: float16, float32 or float64.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            "--key-dtype",
+            metavar="TYPE",
+            help="Stored keys: float16, float32 or float64; by default float32, for text float16.",
+        ),
+    ] = None,
     prediction_dtype: Annotated[
-        str, typer.Option("--prediction-dtype", metavar="TYPE", help="Stored predictions, likewise.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            "--prediction-dtype",
+            metavar="TYPE",
+            help="Stored predictions, likewise; for text also log8, the default there, or log16.",
+        ),
+    ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
@@ -66,10 +98,22 @@ def build(
         str | None,
         typer.Option("--held-out", metavar="DATA", help="Other data, to tell whether the residuals mean anything."),
     ] = None,
-    batch_size: BatchSize = options.MODEL_BATCH,
-    autocast: Annotated[
-        str | None, typer.Option("--autocast", metavar="TYPE", help="Run the model in bfloat16 or float16.")
+    length: Length = None,
+    limit: Limit = None,
+    top_m: Annotated[
+        int | None,
+        typer.Option("--top-m", metavar="M", help="For text: probabilities to keep of each prediction; by default 8."),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", metavar="P", help="For text: leave tokens out that the model gives more than P."),
+    ] = None,
+    projection: Annotated[
+        int | None,
+        typer.Option("--projection", metavar="P", help="For text: principal components to keep of the keys."),
+    ] = None,
+    batch_size: BatchSize = None,
+    autocast: Autocast = None,
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
@@ -78,26 +122,48 @@ def build(
     An interrupted build goes on where it was when the same command is run again.
 
     Example: resmem build memory --data train:dataset --model train:model
+
+    Text: resmem build memory --data train.txt --model FOLDER
     """
     chosen("--side", side, ("input", "output"))
     chosen("--metric", metric, ("euclidean", "cosine"))
     chosen("--outputs", outputs, options.OUTPUTS)
-    chosen("--key-dtype", key_dtype, options.DTYPES)
-    chosen("--prediction-dtype", prediction_dtype, options.DTYPES)
+    autocast_named(autocast)
+    started = time.monotonic()
+    found = open_data(data, image_size=image_size)
+    is_text = isinstance(found, TextFile)
+    text = TextReading(model, tokenizer, length, None, limit, batch_size, autocast)
+    sparse = _Sparse.checked(top_m, keep, projection)
+    leave_out(
+        f"{data} is {'text' if is_text else 'no text'}",
+        {
+            "--pool": pool != 1,
+            "--outputs": outputs != "logits",
+            "--task": task is not None,
+            "--class-names": class_names is not None,
+            "--predictions": predictions is not None,
+            "--held-out": held_out is not None,
+            "--image-size": image_size is not None,
+        }
+        if is_text
+        else {**text.given, **sparse.given},
+    )
     kept = _Kept(
         options.task_named(task),
         cast(Metric, metric),
         None if n_outputs is None else as_count("--n-outputs", n_outputs),
         None if class_names is None else tuple(options.lines_of(class_names)),
-        key_dtype,
-        prediction_dtype,
+        chosen("--key-dtype", key_dtype or ("float16" if is_text else "float32"), options.DTYPES),
+        chosen(
+            "--prediction-dtype",
+            prediction_dtype or ("log8" if is_text else "float32"),
+            (*options.DTYPES, *(LOG_SCALES if is_text else ())),
+        ),
     )
-    if autocast is not None:
-        chosen("--autocast", autocast, ("bfloat16", "float16"))
-    started = time.monotonic()
-    found = open_data(data, image_size=image_size)
     other = None if held_out is None else open_data(held_out, image_size=image_size, class_names=_classes_of(found))
-    if isinstance(found, Rows):
+    if isinstance(found, TextFile):
+        memory = _from_text(path, found, text, kept, sparse, layer or POST_ATTENTION, cast(Side, side))
+    elif isinstance(found, Rows):
         if given := [
             name for name, value in (("--model", model), ("--layer", layer), ("--predictions", predictions)) if value
         ]:
@@ -117,7 +183,7 @@ def build(
             pool=as_count("--pool", pool),
             outputs=outputs,
             predictions=None if predictions is None else _npy(predictions),
-            batch_size=as_count("--batch-size", batch_size),
+            batch_size=batch_of(batch_size),
             autocast=autocast,
         )
     with memory:
@@ -136,6 +202,28 @@ class _Kept:
     prediction_dtype: str
 
 
+@dataclass(frozen=True)
+class _Sparse:
+    """What the user says of how much to keep of each token; None is the default."""
+
+    top_m: int | None
+    keep: float | None
+    projection: int | None
+
+    @staticmethod
+    def checked(top_m: int | None, keep: float | None, projection: int | None) -> "_Sparse":
+        return _Sparse(
+            None if top_m is None else as_count("--top-m", top_m),
+            None if keep is None else as_fraction("--keep", keep, above_zero=True),
+            None if projection is None else as_count("--projection", projection),
+        )
+
+    @property
+    def given(self) -> dict[str, bool]:
+        """The options, and whether each is given."""
+        return {f"--{name.replace('_', '-')}": value is not None for name, value in vars(self).items()}
+
+
 def _report_built(memory: Memory, seconds: float, as_json: bool) -> None:
     layout, source = memory.layout, memory.source
     result = {
@@ -148,12 +236,13 @@ def _report_built(memory: Memory, seconds: float, as_json: bool) -> None:
         "bytes": memory.n_bytes,
         "seconds": seconds,
     }
+    held_out = "HELD_OUT.txt" if source and source.get("tokenizer") else "HELD_OUT"
     origin = f", from the {source['side']} of {source['layer']!r}" if source else ""
     report(
         result,
         f"{len(memory):,} rows in {memory.path}, {size_text(memory.n_bytes)}",
         f"{layout.task} with {layout.n_outputs:,} outputs, keys of {layout.dim:,} numbers{origin}",
-        f"next: resmem tune {memory.path} --data HELD_OUT" + (" --model MODULE:NAME" if source else ""),
+        f"next: resmem tune {memory.path} --data {held_out}" + (" --model MODULE:NAME" if source else ""),
         as_json=as_json,
     )
 
@@ -171,8 +260,6 @@ def _from_model(
     autocast: str | None,
     **choices: Any,
 ) -> Memory:
-    import torch
-
     from residual_memory.models.torch import build_memory
 
     with user_code("running the model on the data", FITTING):
@@ -186,18 +273,18 @@ def _from_model(
             metric=kept.metric,
             key_dtype=kept.key_dtype,
             prediction_dtype=kept.prediction_dtype,
-            autocast=None if autocast is None else {"bfloat16": torch.bfloat16, "float16": torch.float16}[autocast],
+            autocast=autocast_named(autocast),
             held_out=None if held_out is None else as_torch_dataset(held_out),
             **choices,
         )
 
 
-def _classes_of(found: Rows | Examples) -> list[str] | None:
+def _classes_of(found: Any) -> list[str] | None:
     return found.classes if isinstance(found, ImageFolder) else None
 
 
 def _same_kind(found: Any, other: Any, name: str | None) -> Any:
-    if other is not None and isinstance(found, Rows) != isinstance(other, Rows):
+    if other is not None and (isinstance(other, TextFile) or isinstance(found, Rows) != isinstance(other, Rows)):
         wanted = "arrays" if isinstance(found, Rows) else "a data set of examples"
         raise InvalidInput(f"--held-out {name} is of another kind than --data, expected {wanted}")
     return other
@@ -207,6 +294,37 @@ def _npy(path: Path) -> ndarray:
     if not path.is_file():
         raise DataNotFound(f"there is no file {path}{options.similar(path)}")
     return NpyColumn(str(path), lambda: open(path, "rb")).read()
+
+
+# ---------------------------------------------------------------------- from text
+
+
+def _from_text(
+    path: Path, file: TextFile, text: TextReading, kept: _Kept, sparse: _Sparse, layer: str, side: Side
+) -> Memory:
+    model, tokenizer = text.load(file)
+    from residual_memory.models.transformers import TokenWatch, build_memory
+
+    windows = text.windows(file, TokenWatch(model, layer, side), tokenizer)
+    with reading(file):
+        return build_memory(
+            model,
+            windows,
+            path,
+            layer=layer,
+            side=side,
+            top_m=sparse.top_m or 8,
+            keep=sparse.keep or 1.0,
+            projection=sparse.projection,
+            n_outputs=kept.n_outputs,
+            tokenizer=tokenizer,
+            limit=text.limit,
+            metric=kept.metric,
+            key_dtype=kept.key_dtype,
+            prediction_dtype=kept.prediction_dtype,
+            batch_size=text.batch_size,
+            autocast=text.precision,
+        )
 
 
 # ---------------------------------------------------------------------- from arrays
@@ -349,7 +467,7 @@ def add(
     first_row: Annotated[
         int, typer.Option("--first-row", metavar="N", help="Leave out the rows of the data before this one.", min=0)
     ] = 0,
-    batch_size: BatchSize = options.MODEL_BATCH,
+    batch_size: BatchSize = None,
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:

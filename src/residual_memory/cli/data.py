@@ -20,12 +20,14 @@ from numpy import ndarray
 from residual_memory.cli.images import ImageFolder
 from residual_memory.cli.loading import FITTING, Examples, load_dataset, load_model, user_code
 from residual_memory.cli.options import MODEL_BATCH, OUTPUTS, chosen, similar
+from residual_memory.cli.text import text_at
 from residual_memory.errors import CorruptFile, DataNotFound, InvalidInput, MissingExtra
 from residual_memory.memory import Memory
 from residual_memory.models.base import Source
 from residual_memory.progress import progress_bar
 from residual_memory.types import Task
 from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions
+from residual_memory.windows import TextFile
 
 BLOCK_BYTES = 4 << 20
 COLUMNS = ("keys", "predictions", "labels", "ids", "groups")
@@ -33,7 +35,7 @@ _REQUIRED = ("keys", "predictions")
 _IN_PARQUET = {"keys": "keys", "predictions": "predictions", "labels": "label", "ids": "id", "groups": "group"}
 _EXPECTED = (
     ".npz or .parquet arrays, a folder with keys.npy and predictions.npy, a folder of images in class subfolders, "
-    "or MODULE:NAME of a data set"
+    "MODULE:NAME of a data set, or text as .txt"
 )
 
 
@@ -343,7 +345,7 @@ class ModelRows(Rows):
     watch : a `models.torch.Watch` on the layer that the memory was built from.
     dataset : items (x, y), or x alone where labels are not needed.
     labelled : whether the items have labels.
-    batch_size : examples that the model sees at once.
+    batch_size : examples that the model sees at once; None takes 256.
     names : of the examples, as their ids; None numbers them.
     """
 
@@ -354,12 +356,12 @@ class ModelRows(Rows):
         dataset: Examples,
         *,
         labelled: bool,
-        batch_size: int,
+        batch_size: int | None,
         names: Sequence[str] | None = None,
     ) -> None:
         self._names = names
         self.name, self._watch, self._dataset, self._labelled = name, watch, dataset, labelled
-        self._batch_size = as_count("--batch-size", batch_size)
+        self._batch_size = batch_of(batch_size)
         self.n_rows = len(dataset)
         self.columns = frozenset({"keys", "predictions", "labels"} if labelled else {"keys", "predictions"})
 
@@ -388,6 +390,11 @@ class ModelRows(Rows):
         return Block(first, keys.cpu().numpy(), said, labels, ids)
 
 
+def batch_of(batch_size: int | None) -> int:
+    """Examples that the model sees at once."""
+    return MODEL_BATCH if batch_size is None else as_count("--batch-size", batch_size)
+
+
 # ---------------------------------------------------------------------- from what the user types
 
 
@@ -399,13 +406,13 @@ class Reading:
     ----------
     model : MODULE:NAME, for data that are examples.
     outputs : what the model gives.
-    batch_size : examples that the model sees at once.
+    batch_size : examples that the model sees at once; None takes 256.
     image_size : side that images are resized to.
     """
 
     model: str | None = None
     outputs: str = "logits"
-    batch_size: int = MODEL_BATCH
+    batch_size: int | None = None
     image_size: int | None = None
 
 
@@ -425,6 +432,11 @@ def open_rows(text: str, memory: Memory, reading: Reading, *, labelled: bool = T
     FingerprintMismatch : if the model is not the one that the memory was built with.
     """
     found = open_data(text, image_size=reading.image_size, class_names=memory.class_names, labelled=labelled)
+    if isinstance(found, TextFile):
+        raise InvalidInput(
+            f"{text} is text, with which resmem builds, tunes and evaluates; "
+            "for the rest use residual_memory.ResMemForCausalLM from Python"
+        )
     if isinstance(found, Rows):
         if reading.model is not None:
             raise InvalidInput(f"{text} holds keys and predictions already; leave --model out")
@@ -440,9 +452,11 @@ def open_rows(text: str, memory: Memory, reading: Reading, *, labelled: bool = T
 
 def open_data(
     text: str, *, image_size: int | None = None, class_names: Sequence[str] | None = None, labelled: bool = True
-) -> Rows | Examples:
-    """Arrays as `Rows`; images and MODULE:NAME as a data set of examples."""
+) -> Rows | Examples | TextFile:
+    """Arrays as `Rows`; images and MODULE:NAME as a data set of examples; text as its documents."""
     path = Path(text)
+    if (documents := text_at(text)) is not None:
+        return documents
     if path.is_dir():
         if any((path / f"{name}.npy").exists() for name in COLUMNS):
             return NpyRows.of_folder(path)

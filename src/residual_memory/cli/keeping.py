@@ -1,6 +1,6 @@
 """`resmem forget`, `compact`, `verify` and `info`: looking after a memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,7 +129,7 @@ def info(path: MemoryPath, as_json: Json = False) -> None:
         "bytes": memory.n_bytes,
         "bytes_per_row": memory.n_bytes / stored if stored else None,
         "segments": _n_segments(memory),
-        "source": memory.source,
+        "source": _source_of(memory),
         "setting": memory.setting,
     }
     names = ", ".join(shown(name, 24) for name in (memory.class_names or ())[:6])
@@ -166,6 +166,13 @@ def _n_segments(memory: Memory) -> int:
     return len(memory.snapshot.manifest.segments)
 
 
+def _source_of(memory: Memory) -> Mapping[str, Any] | None:
+    """The source, with the shape of a projection in place of its numbers."""
+    source = memory.source
+    matrix = source and source.get("projection")
+    return source if not source or not matrix else {**source, "projection": matrix.partition(":")[0]}
+
+
 def _source_text(memory: Memory) -> str:
     if memory.source is None:
         return "arrays"
@@ -177,10 +184,9 @@ def _source_text(memory: Memory) -> str:
 def _setting_text(memory: Memory) -> str:
     if memory.setting is None:
         return "none saved: resmem tune chooses one"
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in memory.setting.items()
-    )
+    plain = {name: value for name, value in memory.setting.items() if name != "gate"}
+    named = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items()]
+    return ", ".join([*named, *(["gated"] if memory.setting.get("gate") else [])])
 
 
 def _as_kind(wanted: list[str], memory: Memory) -> list[Any]:

@@ -50,7 +50,7 @@ def load_model(reference: str) -> Any:
         from torch import nn
     except ImportError as error:
         raise MissingExtra("running a model", "torch") from error
-    found = _named(reference)
+    found = load_named(reference)
     if not isinstance(found, nn.Module) and callable(found):
         with user_code(f"making the model {reference}"):
             found = found()
@@ -61,7 +61,7 @@ def load_model(reference: str) -> Any:
 
 def load_dataset(reference: str) -> Examples:
     """The data set that MODULE:NAME is, or that it makes when it is called."""
-    found = _named(reference)
+    found = load_named(reference)
     if isinstance(found, type) or not isinstance(found, Examples):
         if not callable(found):
             raise InvalidInput(
@@ -90,7 +90,13 @@ def as_torch_dataset(examples: Examples) -> Any:
     return examples if isinstance(examples, Dataset) else Adapted()
 
 
-def _named(reference: str) -> Any:
+def load_named(reference: str) -> Any:
+    """The object that MODULE:NAME is.
+
+    Raises
+    ------
+    InvalidInput : naming the close one, if there is no such module or name.
+    """
     module_name, _, path = reference.partition(":")
     if not module_name or not path:
         raise InvalidInput(f"{reference!r} is not of the form MODULE:NAME; an example: train:make_model")

@@ -16,8 +16,25 @@ from rich.table import Table
 from residual_memory import evaluation, tuning
 from residual_memory.cli import options
 from residual_memory.cli.data import Queries, Reading, open_rows, read_all, share_held
-from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs, chosen
+from residual_memory.cli.measuring_text import evaluate_text, tune_text
+from residual_memory.cli.options import (
+    BatchSize,
+    Data,
+    ImageSize,
+    Index,
+    Json,
+    Length,
+    Limit,
+    MemoryPath,
+    Model,
+    Outputs,
+    TextAutocast,
+    Tokenizer,
+    chosen,
+    leave_out,
+)
 from residual_memory.cli.output import facts, note, report, size_text, table
+from residual_memory.cli.text import TextReading, text_at
 from residual_memory.correction import TABLE_BYTES, ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import METRICS, Evaluation, Setting
@@ -45,6 +62,7 @@ def tune(
     path: MemoryPath,
     data: Data,
     model: Model = None,
+    tokenizer: Tokenizer = None,
     outputs: Outputs = "logits",
     metric: MetricOption = None,
     kernel: Annotated[
@@ -52,11 +70,19 @@ def tune(
         typer.Option("--kernel", metavar="KERNEL", help="exponential (the paper's), kriging, …; again to try several."),
     ] = None,
     gate: Annotated[
-        bool, typer.Option("--gate/--no-gate", help="Fit a trust by query, and calibrated probabilities.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--gate/--no-gate",
+            help="Fit a trust by query, and calibrated probabilities; for text always.",
+            show_default="no-gate",
+        ),
+    ] = None,
     index: Index = "auto",
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the setting with the memory.")] = True,
-    batch_size: BatchSize = options.MODEL_BATCH,
+    length: Length = None,
+    limit: Limit = None,
+    autocast: TextAutocast = None,
+    batch_size: BatchSize = None,
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
@@ -64,9 +90,16 @@ def tune(
 
     The figures are cross-fitted: no row is measured with a setting that it chose. Exits with 1 where there is no gain.
     """
+    text = TextReading(model, tokenizer, length, None, limit, batch_size, autocast)
     with options.open_memory(path, writable=save) as memory:
-        wanted = _metric(metric, memory)
         options.check_index(index, memory.layout.dim)
+        if (file := text_at(data)) is not None:
+            others = {"--metric": metric is not None, "--no-gate": gate is False}
+            leave_out(f"{data} is text", {**others, **_not_for_text(outputs, image_size)})
+            tune_text(memory, file, text, kernel, index, save, as_json)
+            return
+        leave_out(f"{data} is no text", text.given)
+        wanted = _metric(metric, memory)
         rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
         seen = (memory, rows.keys, rows.labels, rows.predictions)
         result = tuning.tune(*seen, metric=wanted, kernel=kernel or "exponential", index=index, groups=rows.groups)
@@ -86,6 +119,7 @@ def evaluate(
     path: MemoryPath,
     data: Data,
     model: Model = None,
+    tokenizer: Tokenizer = None,
     outputs: Outputs = "logits",
     metric: MetricOption = None,
     n_neighbors: Annotated[
@@ -101,14 +135,32 @@ def evaluate(
         float | None, typer.Option("--shrinkage", metavar="LAMBDA", help="Likewise.", show_default=False)
     ] = None,
     index: Index = "auto",
-    batch_size: BatchSize = options.MODEL_BATCH,
+    length: Length = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="S",
+            help="For text: how far a window begins after the one before; by default its length. Less gives more "
+            "context and takes longer.",
+        ),
+    ] = None,
+    limit: Limit = None,
+    autocast: TextAutocast = None,
+    batch_size: BatchSize = None,
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
     """Measure the saved setting on data that did not choose it. Exits with 1 where there is no gain."""
     memory = options.open_memory(path)
-    wanted = _metric(metric, memory)
     options.check_index(index, memory.layout.dim)
+    text, file = TextReading(model, tokenizer, length, stride, limit, batch_size, autocast), text_at(data)
+    if file is not None:
+        others = {"--metric": metric is not None, "--temperature": temperature is not None}
+        leave_out(f"{data} is text", {**others, **_not_for_text(outputs, image_size)})
+    else:
+        leave_out(f"{data} is no text", text.given)
+    wanted = _metric(metric, memory)
     changes = {
         "n_neighbors": None if n_neighbors is None else as_count("--n-neighbors", n_neighbors),
         "bandwidth": None if bandwidth is None else _bandwidth(bandwidth),
@@ -117,12 +169,20 @@ def evaluate(
     }
     if shrinkage == 0:
         changes["shrinkage"] = 0.0
-    setting = saved_setting(memory, **{name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    if file is not None:
+        evaluate_text(memory, file, text, given, index, as_json)
+        return
+    setting = saved_setting(memory, **given)
     rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
     result = evaluation.evaluate(
         memory, rows.keys, rows.labels, rows.predictions, setting, metric=wanted, index=index, groups=rows.groups
     )
     _report_evaluation(memory, data, result, setting, None, as_json)
+
+
+def _not_for_text(outputs: str, image_size: int | None) -> dict[str, bool]:
+    return {"--outputs": outputs != "logits", "--image-size": image_size is not None}
 
 
 def saved_setting(memory: Memory, **changes: Any) -> Setting:

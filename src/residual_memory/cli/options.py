@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -22,7 +22,7 @@ Data = Annotated[
         "--data",
         metavar="DATA",
         help="Arrays (.npz, .parquet, or a folder with keys.npy, labels.npy, predictions.npy), a folder of images in "
-        "class subfolders, or MODULE:NAME of a data set of (x, y).",
+        "class subfolders, MODULE:NAME of a data set of (x, y), or text (.txt, blank lines between documents).",
         show_default=False,
     ),
 ]
@@ -31,15 +31,50 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="MODULE:NAME",
-        help="The torch model, or a function that makes it; not needed for arrays.",
+        help="The torch model, or a function that makes it; for text also a folder of a transformers model; not needed "
+        "for arrays.",
         show_default=False,
     ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="MODULE:NAME",
+        help="For text: the tokenizer, or a folder of it; by default the model's folder.",
+        show_default=False,
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--length", metavar="T", help="For text: tokens a window; by default 256, or what the model can read."
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", help="For text: tokens after which to stop.", show_default=False),
+]
+Autocast = Annotated[
+    str | None, typer.Option("--autocast", metavar="TYPE", help="Run the model in bfloat16 or float16.")
+]
+TextAutocast = Annotated[
+    str | None,
+    typer.Option("--autocast", metavar="TYPE", help="For text: bfloat16 or float16, as the memory was built with."),
 ]
 Outputs = Annotated[
     str,
     typer.Option("--outputs", metavar="KIND", help="What the model gives: logits, probabilities or log-probabilities."),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Examples that the model sees at once.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        help="Examples that the model sees at once; by default 256, of text what fits into 128 MiB of logits.",
+        show_default=False,
+    ),
+]
 ImageSize = Annotated[
     int | None,
     typer.Option("--image-size", metavar="H", help="Resize images to H × H.", show_default=False),
@@ -50,6 +85,7 @@ Index = Annotated[
 ]
 
 OUTPUTS = ("logits", "probabilities", "log-probabilities")
+AUTOCASTS = ("bfloat16", "float16")
 DTYPES = ("float16", "float32", "float64")
 MODEL_BATCH = 256
 
@@ -70,6 +106,12 @@ def chosen(option: str, value: str, allowed: Sequence[str]) -> str:
     close = difflib.get_close_matches(value.lower(), allowed, 1, 0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise InvalidInput(f"{option} is {value!r}, expected {' or '.join(map(repr, allowed))}{hint}")
+
+
+def leave_out(why: str, given: Mapping[str, bool]) -> None:
+    """Refuse, by their names, options that make no sense for the data."""
+    if names := [name for name, there in given.items() if there]:
+        raise InvalidInput(f"{why}; leave {' and '.join(names)} out")
 
 
 def task_named(value: str | None) -> Literal["classification", "regression"] | None:
