@@ -1,5 +1,6 @@
 """The method itself: the soft k-nearest-neighbour regressor of residuals, and the corrected prediction."""
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterator
@@ -209,6 +210,15 @@ class ResidualKNN:
             return Recalled(ids, found.distances, rows, rows[:, :, None], nothing, nothing[:, :, 0])
         said = snapshot.top_m(rows) if snapshot.layout.residuals == "top-m" else whole(snapshot.predictions(rows))
         return Recalled(ids, found.distances, snapshot.targets(rows), said.indices, said.probabilities, said.rest)
+
+    def with_kernel(self, *, n_neighbors: int, kernel: str, bandwidth: float) -> "ResidualKNN":
+        """The same memory and index, weighted in another way: nothing is built again."""
+        other = copy.copy(self)
+        other._building = threading.Lock()
+        other.n_neighbors, other.kernel = as_count("n_neighbors", n_neighbors), kernel
+        check_kernel(kernel)
+        other._bandwidth = as_positive("bandwidth", bandwidth)
+        return other
 
     def weights(self, distances: Float[ndarray, "q k"]) -> Float[ndarray, "q k"]:
         """What neighbours at these distances count, by a kernel of distances alone."""

@@ -13,11 +13,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, tee
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64, Integer
 from numpy import ndarray
 
 from residual_memory.correction import ResidualKNN
@@ -32,6 +32,7 @@ from residual_memory.language import (
     tune_tokens,
 )
 from residual_memory.memory import Memory
+from residual_memory.memory.format import MANIFEST
 from residual_memory.models.base import Builder, Side, Source, opened, place_of_memory
 from residual_memory.models.watching import (
     device_of,
@@ -113,8 +114,8 @@ def build_memory(
     ----------
     model : a causal or sequence-to-sequence language model; put into eval mode for the time of the build.
     dataset : items with `input_ids` [t], read once from the beginning: a list, a `datasets` stream, `Windows`. They may
-        have `attention_mask` [t] (padding on either side is dropped), `documents` (one number, or one a token),
-        `start` (the place of the first token in the stream; by default the items follow each other) and `skip` (how
+        have `attention_mask` [t] (padding on either side is dropped), `documents` (one number, or one a token; by
+        default every item is a document), `start` (the place of the first token in the stream; by default the items follow each other) and `skip` (how
         many predictions are not to be stored). For a sequence-to-sequence model: `input_ids` of the source and `labels`
         of the target, −100 ignored.
     path : directory of the memory; None keeps it in RAM.
@@ -154,7 +155,13 @@ def build_memory(
     known = as_fraction("keep", keep, above_zero=True)
     wanted = None if limit is None else as_count("limit", limit)
     watch = TokenWatch(model, layer, side, autocast=autocast)
-    head = list(islice(iter(dataset), 1))
+    if not 1 <= as_count("top_m", top_m) <= watch.vocabulary:
+        raise InvalidInput(f"top_m is {top_m}, expected at most {watch.vocabulary}, the size of the vocabulary")
+    if n_outputs is not None and n_outputs < watch.vocabulary:
+        raise InvalidInput(f"n_outputs is {n_outputs}, expected at least {watch.vocabulary}, the size of the vocabulary")
+    size = None if batch_size is None else as_count("batch_size", batch_size)
+    first, sample, dataset = _readings(dataset, 3)
+    head = list(islice(iter(first), 1))
     if not head:
         raise InvalidInput("the text is empty: there is nothing to memorize")
     data: dict[str, Any] = {"first_item": digest_of(_plain(head[0])), "keep": known, "limit": wanted}
@@ -162,14 +169,14 @@ def build_memory(
         raise InvalidInput("item 0 of the text differs when it is read twice: switch random augmentation off")
     held = _held_projection(path)
     if projection is not None:
-        watch.projection = held if held is not None else _principal(watch, dataset, as_count("projection", projection))
+        watch.projection = held if held is not None else _principal(watch, sample, as_count("projection", projection))
+    del first, sample  # what nobody reads any more need not be kept
     source = replace(watch.source(data), tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer))
-    width = watch.vocabulary
     memory = opened(
         path,
         source,
         dim=watch.probe(head[0]),
-        n_outputs=as_count("n_outputs", width if n_outputs is None else n_outputs),
+        n_outputs=watch.vocabulary if n_outputs is None else n_outputs,
         task="classification",
         metric=metric,
         residuals=residuals,
@@ -177,18 +184,42 @@ def build_memory(
         key_dtype=key_dtype,
         prediction_dtype=prediction_dtype or ("log8" if residuals == "top-m" else "float16"),
     )
-    if Source.from_dict(memory.source or {}).complete:
-        return memory
-    if verbose:
-        print(f"keys: {watch.side} of {watch.layer!r}, {memory.layout.dim} numbers", file=sys.stderr)
-    m = None if residuals == "dense" else min(as_count("top_m", top_m), width)
     try:
-        _fill(memory, watch, dataset, m, known, wanted, batch_size, verbose)
+        m = None if residuals == "dense" else top_m
+        _check_begun(memory, source, m)
+        if Source.from_dict(memory.source or {}).complete:
+            return memory
+        if verbose:
+            print(f"keys: {watch.side} of {watch.layer!r}, {memory.layout.dim} numbers", file=sys.stderr)
+        _fill(memory, watch, dataset, m, known, wanted, size, verbose)
         memory.save_source(replace(source, complete=True).to_dict())
     except BaseException:
         memory.close()  # another call may go on where this one stopped
         raise
     return memory
+
+
+def _readings(dataset: Items, n: int) -> Sequence[Items]:
+    """The data set, to be read n times: what can be read only once is kept until all have read it."""
+    return tee(dataset, n) if iter(dataset) is dataset else (dataset,) * n
+
+
+def _check_begun(memory: Memory, source: Source, m: int | None) -> None:
+    """Refuse to go on in a memory whose tokens, keys or lists are of another kind."""
+    begun = Source.from_dict(memory.source or {})
+    kinds = {
+        "tokenizer": (begun.tokenizer, source.tokenizer or begun.tokenizer),
+        "projection": (begun.projection and f"to {memory.layout.dim}", source.projection and "to another number"),
+        "top_m": (memory.snapshot.manifest.top_m, m),
+    }
+    if begun.projection == source.projection:
+        del kinds["projection"]
+    for name, (was, now) in kinds.items():
+        if was is not None and was != now:
+            raise FingerprintMismatch(
+                f"the memory {place_of_memory(memory)} was built with {name} {was!r}, but this is {now!r}; "
+                "build with the same, or name another path"
+            )
 
 
 def _fill(
@@ -202,11 +233,19 @@ def _fill(
     verbose: bool,
 ) -> None:
     """Store the tokens that come after those that the memory holds."""
-    done, n_seen = memory.next_id, 0
+    done, n_seen, last = memory.next_id, 0, -1
     with progress_bar("building", limit or 0, shown=verbose) as advance, Builder(memory) as builder:
         for batch in watch.batches(dataset, batch_size, after=done, limit=limit):
             n_seen += len(batch)
             advance(len(batch))
+            steps = np.diff(batch.offsets, prepend=last)
+            if len(back := np.flatnonzero(steps <= 0)):
+                place = batch.offsets[back[0]]
+                raise InvalidInput(
+                    f"the text goes back to place {place:,} after place {place - steps[back[0]]:,}; give the items in "
+                    "order, so that a build that was interrupted can go on"
+                )
+            last = int(batch.offsets[-1]) if len(batch) else last
             log_normaliser = batch.logits.logsumexp(1, keepdim=True)
             chosen = torch.from_numpy(batch.offsets >= done).to(batch.logits.device)
             if known < 1:
@@ -330,12 +369,18 @@ class TokenWatch:
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise InvalidInput(f"the model is a {type(model).__name__}, expected a language model of transformers")
+        head = model.get_output_embeddings()
+        if head is None:
+            raise InvalidInput(
+                f"{type(model).__name__} has no output layer over a vocabulary, expected a language model; "
+                "load it with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+            )
         self.model, self.projection, self._autocast = model, None, autocast
         self.layer, self.side = (
             (place_named(model, layer), "input") if layer in (AFTER_NORM, BEFORE_NORM) else (layer, side)
         )
         places_of(model, self.layer, self.side)
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary: int = head.weight.shape[0]
         self.decodes: bool = bool(model.config.is_encoder_decoder)
         self.longest = _longest(model)
 
@@ -368,8 +413,8 @@ class TokenWatch:
         waiting: list[_Sequence] = []
         place, left = 0, sys.maxsize if limit is None else limit
         size = None if batch_size is None else as_count("batch_size", batch_size)
-        for item in items:
-            sequence = self._sequence(item, place)
+        for number, item in enumerate(items):
+            sequence = self._sequence(item, place, number)
             place = int(sequence.offsets[-1]) + 1 if len(sequence) else place + 1
             if len(sequence) and sequence.wanted.sum() > left:
                 ends = np.flatnonzero(sequence.wanted)[left] if left else 0
@@ -387,12 +432,17 @@ class TokenWatch:
         if waiting:
             yield self._observe(waiting)
 
+    def observe_tokens(self, tokens: Int64[ndarray, " t"]) -> TokenBatch:
+        """What the model shows on one sequence of tokens."""
+        item = {"input_ids": tokens, "labels": tokens} if self.decodes else {"input_ids": tokens}
+        return self._observe([self._sequence(item, 0)])
+
     def keys(self, parts: Callable[[Callable[[Tensor], Tensor]], Tensor], kept: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [b d] from what passed through the layer, at the places that `kept` takes."""
         found = parts(lambda passed: kept(passed).float())
         return found if self.projection is None else found @ self.projection.to(found.device)
 
-    def checked(self, tokens: Int64[ndarray, " t"], what: str) -> Int64[ndarray, " t"]:
+    def checked(self, tokens: Integer[ndarray, "*b"], what: str) -> Integer[ndarray, "*b"]:
         """Token numbers that the model knows.
 
         Raises
@@ -415,8 +465,8 @@ class TokenWatch:
                 f"Windows(documents, length={self.longest})"
             )
 
-    def _sequence(self, item: Mapping[str, Any], place: int) -> _Sequence:
-        """One item without its padding; `place` is where its first token stands unless it says so itself."""
+    def _sequence(self, item: Mapping[str, Any], place: int, number: int = 0) -> _Sequence:
+        """One item without its padding; place of its first token and number of its document where it names none."""
         if not isinstance(item, Mapping) or "input_ids" not in item:
             found = sorted(item) if isinstance(item, Mapping) else type(item).__name__
             raise InvalidInput(f"an item of the text is {found}, expected a mapping with 'input_ids'")
@@ -426,7 +476,11 @@ class TokenWatch:
             raise InvalidInput(f"attention_mask has {len(mask)} places for {len(tokens)} input_ids")
         tokens = self.checked(tokens[mask], "input_ids")
         start, skip = int(item.get("start", place)), int(item.get("skip", 0))
-        named = np.asarray(item.get("documents", 0), np.int64)
+        named = np.asarray(item.get("documents", number), np.int64)
+        if named.shape not in ((), mask.shape, np.shape(item.get("labels"))):
+            raise InvalidInput(
+                f"documents have shape {named.shape} for {len(mask)} input_ids, expected one number, or one a token"
+            )
         if self.decodes:
             if "labels" not in item:
                 raise InvalidInput("an item for a sequence-to-sequence model has 'labels': the tokens of the target")
@@ -454,6 +508,11 @@ class TokenWatch:
         places = wanted.to(device)
 
         def kept(passed: Tensor) -> Tensor:
+            if passed.ndim != 3 or passed.shape[:2] != read.shape:
+                raise InvalidInput(
+                    f"the layer {self.layer!r} passes a tensor of shape {tuple(passed.shape)}, expected a vector for "
+                    f"each of {read.shape[0]} × {read.shape[1]} tokens; name another layer"
+                )
             return passed.flatten(0, 1) if everything else passed[places]
 
         keys, logits = self._keys_and_logits(read, present, source, kept)
@@ -549,11 +608,16 @@ class ResMemForCausalLM(nn.Module):
         for knn in self._knns:
             knn.save_index()
 
+    @property
+    def _measure(self) -> ResidualKNN:
+        """The one whose rows tell the bandwidth: the first that has some."""
+        return next((knn for knn in self._knns if len(knn.memory) > 1), self._knns[0])
+
     def with_setting(self, setting: LanguageSetting) -> "ResMemForCausalLM":
         """The same model, memories and indexes, used in another way."""
         other = copy.copy(self)
         other.setting = setting
-        sigma = self._knns[0].bandwidth if isinstance(setting.bandwidth, str) else setting.bandwidth
+        sigma = self._measure.bandwidth if isinstance(setting.bandwidth, str) else setting.bandwidth
         other._knns = tuple(
             knn.with_kernel(n_neighbors=setting.n_neighbors, kernel=setting.kernel, bandwidth=sigma)
             for knn in self._knns
@@ -599,14 +663,30 @@ class ResMemForCausalLM(nn.Module):
         InvalidInput : if a token is beyond the vocabulary or the sequence longer than the model reads.
         """
         if input_ids is not None:
-            self.watch.checked(input_ids.detach().cpu().numpy(), "input_ids")
-            self.watch.check_length(input_ids.shape[1])
+            self._check(input_ids)
             options["input_ids"] = input_ids
+        to_keep, labels = options.get("logits_to_keep", 0), options.get("labels")
+        some = labels is not None and (isinstance(to_keep, Tensor) or to_keep != 0)
+        if some:  # the model itself would hold a part of the logits against all labels
+            options.pop("labels")
         with self.attached():
-            return self.model(**options)
+            result = self.model(**options)
+        return self._with_loss(result, labels, options) if some else result
+
+    def _check(self, input_ids: Tensor) -> None:
+        self.watch.checked(input_ids.detach().cpu().numpy(), "input_ids")
+        self.watch.check_length(input_ids.shape[1])
 
     def generate(self, *inputs: Any, **options: Any) -> Any:
-        """The model's own `generate`, every step of it with corrected logits: greedy, sampling or beams."""
+        """The model's own `generate`, every step of it with corrected logits: greedy, sampling or beams.
+
+        Raises
+        ------
+        InvalidInput : if a token is beyond the vocabulary or the prompt longer than the model reads.
+        """
+        prompt = inputs[0] if inputs else options.get("input_ids", options.get("inputs"))
+        if isinstance(prompt, Tensor):
+            self._check(prompt)
         with self.attached(), torch.inference_mode():
             return self.model.generate(*inputs, **options)
 
@@ -619,7 +699,7 @@ class ResMemForCausalLM(nn.Module):
             del module
             if threading.get_ident() != thread:
                 return result
-            logits = result.logits if hasattr(result, "logits") else result[0]
+            logits = _logits_in(result, options)
             b, kept = logits.shape[:2]
             to_keep = options.get("logits_to_keep", 0)
 
@@ -632,7 +712,9 @@ class ResMemForCausalLM(nn.Module):
                 corrected = self.correct(logits.detach().flatten(0, 1), keys)
             if corrected is None:
                 return result
-            return self._with_logits(result, corrected.view(b, kept, -1), options.get("labels"))
+            result = _with_logits(result, corrected.view(b, kept, -1), options)
+            labels = options.get("labels")
+            return result if labels is None else self._with_loss(result, labels, options)
 
         with evaluating(self.model), watching(self.model, self.watch.layer, self.watch.side) as parts:
             handle = self.model.register_forward_hook(correct, with_kwargs=True)
@@ -770,7 +852,7 @@ class ResMemForCausalLM(nn.Module):
                 keys = keys[rows]
         base = (logits - log_normaliser).exp()
         recalled = self.recall(keys)
-        weights = self._knns[0].weights(recalled.distances)
+        weights = self._measure.weights(recalled.distances)
         cues = {
             "agrees": recalled.labels == recalled.labels[:, :1],
             "confidence": confidence.cpu().numpy(),
@@ -784,17 +866,37 @@ class ResMemForCausalLM(nn.Module):
         amount = np.where(np.isfinite(recalled.distances[:, 0]), amount, 0.0)
         return Seen(rows, base, log_normaliser, recalled, weights, amount, cues)
 
-    def _with_logits(self, result: Any, logits: Tensor, labels: Tensor | None) -> Any:
-        """A model's output with other logits, and the loss that goes with them."""
-        if not hasattr(result, "logits"):
-            return (logits, *result[1:])
-        result.logits = logits
-        if labels is not None:
-            shift = 0 if self.watch.decodes else 1
-            kept = labels[:, labels.shape[1] - logits.shape[1] :][:, shift:]
-            said = logits[:, : logits.shape[1] - shift].float()
-            result.loss = functional.cross_entropy(said.flatten(0, 1), kept.flatten(), ignore_index=IGNORED)
+    def _with_loss(self, result: Any, labels: Tensor, options: Mapping[str, Any]) -> Any:
+        """A model's output with the loss of its logits, as transformers reckons it."""
+        logits, to_keep = _logits_in(result, options), options.get("logits_to_keep", 0)
+        wanted = labels if self.watch.decodes else functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        wanted = wanted[:, to_keep] if isinstance(to_keep, Tensor) else wanted[:, wanted.shape[1] - logits.shape[1] :]
+        n_items = options.get("num_items_in_batch")  # of a step that takes several batches
+        loss = functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            wanted.to(logits.device).flatten(),
+            ignore_index=IGNORED,
+            reduction="mean" if n_items is None else "sum",
+        )
+        loss = loss if n_items is None else loss / n_items
+        if isinstance(result, tuple):
+            return (loss, *result[int(options.get("labels") is not None) :])
+        result["loss"] = loss
         return result
+
+
+def _logits_in(result: Any, options: Mapping[str, Any]) -> Tensor:
+    """The logits in a model's output; in a tuple they come after the loss, where labels were given."""
+    return result[int(options.get("labels") is not None)] if isinstance(result, tuple) else result.logits
+
+
+def _with_logits(result: Any, logits: Tensor, options: Mapping[str, Any]) -> Any:
+    """A model's output with other logits."""
+    if isinstance(result, tuple):
+        place = int(options.get("labels") is not None)
+        return (*result[:place], logits, *result[place + 1 :])
+    result["logits"] = logits
+    return result
 
 
 @dataclass(frozen=True)
@@ -1001,6 +1103,43 @@ def _held_out(lm: ResMemForCausalLM, batch: TokenBatch) -> HeldOutTokens:
         )
 
 
+def predictions_from_keys(
+    model: PreTrainedModel, memory: Memory, rows: Int64[ndarray, " r"]
+) -> Float32[ndarray, "r v"]:
+    """The base's whole predictions of stored rows, computed again from their keys by the head: for offline retuning.
+
+    Only where the keys are what the head reads: ``build_memory(..., layer=…)`` with the name of the output layer.
+
+    Parameters
+    ----------
+    model : the one that the memory was built with.
+    memory : from `build_memory`.
+    rows : of the memory's snapshot.
+
+    Raises
+    ------
+    InvalidInput : if the keys are not the head's exact input: taken elsewhere, projected or scaled to length 1; or if
+        the model does more to its logits than its head.
+    """
+    source = Source.from_dict(memory.source or {})
+    watch = _watch_of(model, (memory,), AFTER_NORM, "input", None, None)
+    head = model.get_output_embeddings()
+    place = next(name for name, module in model.named_modules() if module is head)
+    if (source.layer, source.side) != (place, "input") or source.projection or memory.layout.metric == "cosine":
+        raise InvalidInput(
+            f"the keys are the {source.side} of {source.layer!r} ({memory.layout.metric}, "
+            f"{'projected' if source.projection else 'not projected'}), but predictions follow from the input of "
+            f"{place!r} alone; build a memory with layer= that name, or keep more classes a row (top_m=)"
+        )
+    probe = watch.observe_tokens(np.arange(min(watch.vocabulary, 8)))
+    with torch.inference_mode():
+        again = head(probe.keys.to(head.weight.dtype)).float()
+        if not torch.allclose(again, probe.logits, rtol=1e-3, atol=1e-3):
+            raise InvalidInput(f"the model does more to its logits than {place!r}, so keys do not tell its predictions")
+        keys = torch.from_numpy(memory.snapshot.keys.take(rows).astype(np.float32)).to(head.weight)
+        return head(keys).float().softmax(1).cpu().numpy()
+
+
 def place_named(model: PreTrainedModel, name: str) -> str:
     """The dotted name of a named place, on its input side.
 
@@ -1079,7 +1218,7 @@ def _regressors(
                 ResidualKNN(
                     memory,
                     n_neighbors=setting.n_neighbors,
-                    bandwidth=knns[0].bandwidth if knns else setting.bandwidth,
+                    bandwidth=setting.bandwidth,
                     kernel=setting.kernel,
                     index=index,
                     max_weight=max_weight,
@@ -1106,10 +1245,10 @@ def _principal(watch: TokenWatch, dataset: Items, n_components: int) -> Float32[
 
 def _held_projection(path: str | os.PathLike[str] | None) -> Float32[Tensor, "d p"] | None:
     """The projection of a memory that an earlier call began."""
-    if path is None or not os.path.isdir(path):
+    if path is None or not os.path.exists(os.path.join(path, MANIFEST)):
         return None
     with Memory.open(path) as memory:
-        found = Source.from_dict(memory.source or {}).projection
+        found = None if memory.source is None else Source.from_dict(memory.source).projection
     return None if found is None else _read_matrix(found)
 
 
