@@ -115,9 +115,9 @@ def build_memory(
     model : a causal or sequence-to-sequence language model; put into eval mode for the time of the build.
     dataset : items with `input_ids` [t], read once from the beginning: a list, a `datasets` stream, `Windows`. They may
         have `attention_mask` [t] (padding on either side is dropped), `documents` (one number, or one a token; by
-        default every item is a document), `start` (the place of the first token in the stream; by default the items follow each other) and `skip` (how
-        many predictions are not to be stored). For a sequence-to-sequence model: `input_ids` of the source and `labels`
-        of the target, −100 ignored.
+        default every item is a document), `start` (the place of the first token in the stream; by default the items
+        follow each other) and `skip` (how many predictions are not to be stored). For a sequence-to-sequence model:
+        `input_ids` of the source and `labels` of the target, −100 ignored.
     path : directory of the memory; None keeps it in RAM.
     layer : "post-attention" is the input of the last block's feed-forward, after the norm, the best key by published
         measurements; "post-attention-before-norm" is the same before the norm. Or any dotted name, as in the
@@ -155,10 +155,12 @@ def build_memory(
     known = as_fraction("keep", keep, above_zero=True)
     wanted = None if limit is None else as_count("limit", limit)
     watch = TokenWatch(model, layer, side, autocast=autocast)
-    if not 1 <= as_count("top_m", top_m) <= watch.vocabulary:
-        raise InvalidInput(f"top_m is {top_m}, expected at most {watch.vocabulary}, the size of the vocabulary")
-    if n_outputs is not None and n_outputs < watch.vocabulary:
-        raise InvalidInput(f"n_outputs is {n_outputs}, expected at least {watch.vocabulary}, the size of the vocabulary")
+    width = watch.vocabulary
+    m = None if residuals == "dense" else as_count("top_m", top_m)
+    if m is not None and m > width:
+        raise InvalidInput(f"top_m is {m}, expected at most {width}, the size of the vocabulary")
+    if n_outputs is not None and n_outputs < width:
+        raise InvalidInput(f"n_outputs is {n_outputs}, expected at least {width}, the size of the vocabulary")
     size = None if batch_size is None else as_count("batch_size", batch_size)
     first, sample, dataset = _readings(dataset, 3)
     head = list(islice(iter(first), 1))
@@ -167,16 +169,17 @@ def build_memory(
     data: dict[str, Any] = {"first_item": digest_of(_plain(head[0])), "keep": known, "limit": wanted}
     if isinstance(dataset, Sequence) and digest_of(_plain(dataset[0])) != data["first_item"]:
         raise InvalidInput("item 0 of the text differs when it is read twice: switch random augmentation off")
-    held = _held_projection(path)
     if projection is not None:
-        watch.projection = held if held is not None else _principal(watch, sample, as_count("projection", projection))
+        components = as_count("projection", projection)
+        held = _held_projection(path, components)
+        watch.projection = held if held is not None else _principal(watch, sample, components)
     del first, sample  # what nobody reads any more need not be kept
     source = replace(watch.source(data), tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer))
     memory = opened(
         path,
         source,
         dim=watch.probe(head[0]),
-        n_outputs=watch.vocabulary if n_outputs is None else n_outputs,
+        n_outputs=width if n_outputs is None else n_outputs,
         task="classification",
         metric=metric,
         residuals=residuals,
@@ -185,7 +188,6 @@ def build_memory(
         prediction_dtype=prediction_dtype or ("log8" if residuals == "top-m" else "float16"),
     )
     try:
-        m = None if residuals == "dense" else top_m
         _check_begun(memory, source, m)
         if Source.from_dict(memory.source or {}).complete:
             return memory
@@ -209,11 +211,9 @@ def _check_begun(memory: Memory, source: Source, m: int | None) -> None:
     begun = Source.from_dict(memory.source or {})
     kinds = {
         "tokenizer": (begun.tokenizer, source.tokenizer or begun.tokenizer),
-        "projection": (begun.projection and f"to {memory.layout.dim}", source.projection and "to another number"),
+        "projection": (begun.projection and memory.layout.dim, source.projection and memory.layout.dim),
         "top_m": (memory.snapshot.manifest.top_m, m),
     }
-    if begun.projection == source.projection:
-        del kinds["projection"]
     for name, (was, now) in kinds.items():
         if was is not None and was != now:
             raise FingerprintMismatch(
@@ -1243,13 +1243,21 @@ def _principal(watch: TokenWatch, dataset: Items, n_components: int) -> Float32[
     return vectors.flip(1)[:, :n_components].float().contiguous()
 
 
-def _held_projection(path: str | os.PathLike[str] | None) -> Float32[Tensor, "d p"] | None:
+def _held_projection(path: str | os.PathLike[str] | None, width: int) -> Float32[Tensor, "d p"] | None:
     """The projection of a memory that an earlier call began."""
     if path is None or not os.path.exists(os.path.join(path, MANIFEST)):
         return None
     with Memory.open(path) as memory:
-        found = None if memory.source is None else Source.from_dict(memory.source).projection
-    return None if found is None else _read_matrix(found)
+        if memory.source is None:
+            return None  # `opened` says what is wrong with it
+        found = Source.from_dict(memory.source).projection
+    matrix = None if found is None else _read_matrix(found)
+    if matrix is None or matrix.shape[1] != width:
+        was = "the keys whole" if matrix is None else f"{matrix.shape[1]} components"
+        raise FingerprintMismatch(
+            f"the memory at {path} keeps {was}, but projection is {width}; build with the same, or name another path"
+        )
+    return matrix
 
 
 def _written(matrix: Tensor) -> str:
