@@ -33,6 +33,8 @@ class T5DecoderLM(T5PreTrainedModel, GenerationMixin):
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
         self.decoder = T5Stack(config)
+        if self.decoder.embed_tokens is None:  # transformers 4 leaves them to the model around the stack
+            self.decoder.set_input_embeddings(nn.Embedding(config.vocab_size, config.d_model))
         for block in self.decoder.block:
             del block.layer[1]  # cross-attention: there is no encoder
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)

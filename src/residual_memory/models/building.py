@@ -41,15 +41,25 @@ def build_memory(model: Any, dataset: Any, path: str | os.PathLike[str] | None, 
 
 def _is_text(dataset: Any) -> bool:
     """Whether the first item is a mapping with `input_ids`; streams are text, since examples (x, y) come by number."""
-    try:
-        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, Mapping):
+        raise InvalidInput(
+            f"the data set is a {type(dataset).__name__}, expected a list or a stream of items; "
+            "for a text that is [{'input_ids': tokens}, …]"
+        )
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        try:
             first = dataset[0] if len(dataset) else None
-        elif isinstance(dataset, Iterable):
-            return True
-        else:
-            raise InvalidInput(
-                f"the data set is a {type(dataset).__name__}, expected items by number or a stream of them"
-            )
-    except (KeyError, IndexError):
-        return False
-    return isinstance(first, Mapping) and "input_ids" in first
+        except (KeyError, IndexError):
+            return False
+        return isinstance(first, Mapping) and "input_ids" in first
+    if not isinstance(dataset, Iterable):
+        raise InvalidInput(f"the data set is a {type(dataset).__name__}, expected items by number or a stream of them")
+    if iter(dataset) is dataset:
+        return True  # its first item can be read once
+    first = next(iter(dataset), {})
+    if not isinstance(first, Mapping):
+        raise InvalidInput(
+            f"the data set is a stream of {type(first).__name__}, expected items {{'input_ids': …}}; "
+            "examples (x, y) come by number, from a data set with a length"
+        )
+    return True

@@ -473,27 +473,23 @@ class TokenWatch:
         tokens = _numbers(item["input_ids"], "input_ids")
         mask = _numbers(item.get("attention_mask", np.ones(len(tokens), np.int64)), "attention_mask") > 0
         if mask.shape != tokens.shape:
-            raise InvalidInput(f"attention_mask has {len(mask)} places for {len(tokens)} input_ids")
+            raise InvalidInput(f"attention_mask has {len(mask)} places for {len(tokens)} input_ids, expected as many")
         tokens = self.checked(tokens[mask], "input_ids")
         start, skip = int(item.get("start", place)), int(item.get("skip", 0))
-        named = np.asarray(item.get("documents", number), np.int64)
-        if named.shape not in ((), mask.shape, np.shape(item.get("labels"))):
-            raise InvalidInput(
-                f"documents have shape {named.shape} for {len(mask)} input_ids, expected one number, or one a token"
-            )
         if self.decodes:
             if "labels" not in item:
                 raise InvalidInput("an item for a sequence-to-sequence model has 'labels': the tokens of the target")
             self.check_length(len(tokens))
             targets = _numbers(item["labels"], "labels")
-            targets = self.checked(targets[targets != IGNORED], "labels")
+            counted = targets != IGNORED
+            targets = self.checked(targets[counted], "labels")
             begins = np.array([self.model.config.decoder_start_token_id], np.int64)
             read, labels, source = np.concatenate([begins, targets[:-1]])[: len(targets)], targets, tokens
-            documents = np.broadcast_to(named, targets.shape)
+            documents = _documents(item, number, counted)
             offsets = start + np.arange(len(targets))
         else:
             read, labels, source = tokens[:-1], tokens[1:], None
-            documents = np.broadcast_to(named, mask.shape)[mask][1:]
+            documents = _documents(item, number, mask)[1:]
             offsets = start + 1 + np.arange(len(labels))
         self.check_length(len(read))
         return _Sequence(read, labels, offsets, documents, np.arange(len(labels)) >= skip, source)
@@ -665,13 +661,12 @@ class ResMemForCausalLM(nn.Module):
         if input_ids is not None:
             self._check(input_ids)
             options["input_ids"] = input_ids
-        to_keep, labels = options.get("logits_to_keep", 0), options.get("labels")
-        some = labels is not None and (isinstance(to_keep, Tensor) or to_keep != 0)
-        if some:  # the model itself would hold a part of the logits against all labels
-            options.pop("labels")
+        to_keep, labels = options.get("logits_to_keep", 0), None
+        if isinstance(to_keep, Tensor) or to_keep != 0:
+            labels = options.pop("labels", None)  # the model itself would hold a part of the logits against all labels
         with self.attached():
             result = self.model(**options)
-        return self._with_loss(result, labels, options) if some else result
+        return result if labels is None else self._with_loss(result, labels, options)
 
     def _check(self, input_ids: Tensor) -> None:
         self.watch.checked(input_ids.detach().cpu().numpy(), "input_ids")
@@ -695,10 +690,11 @@ class ResMemForCausalLM(nn.Module):
         """While the context lasts, the model itself gives corrected logits on this thread, whoever calls it."""
         thread = threading.get_ident()
 
-        def correct(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any) -> Any:
-            del module
+        def correct(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any = None) -> Any:
+            # Another thread may meet the hook while torch registers it, and then gives it no options.
+            del module, inputs
             if threading.get_ident() != thread:
-                return result
+                return None
             logits = _logits_in(result, options)
             b, kept = logits.shape[:2]
             to_keep = options.get("logits_to_keep", 0)
@@ -737,8 +733,10 @@ class ResMemForCausalLM(nn.Module):
         with self.attached():
             return decode(model, input_ids, **options)
 
-    def correct(self, logits: Float[Tensor, "n v"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "n v"] | None:
+    def correct(self, logits: Float[Tensor, "n v"], keys: Float[Tensor, "n d"]) -> Float[Tensor, "n w"] | None:
         """Corrected logits from the base's and the keys of their places; None where no row changes.
+
+        They are as wide as the memories' outputs, where these have room for more classes than the model's.
 
         Parameters
         ----------
@@ -920,7 +918,7 @@ class Seen:
     amount: Float[ndarray, " r"]
     cues: dict[str, ndarray]
 
-    def corrected(self, chosen: Int64[Tensor, " s"]) -> Float[Tensor, "s v"]:
+    def corrected(self, chosen: Int64[Tensor, " s"]) -> Float[Tensor, "s w"]:
         """Valid distributions of some of the rows."""
         places = chosen.cpu().numpy()
         everything = len(places) == len(self.amount)
@@ -938,7 +936,7 @@ class Seen:
 
 def corrected_probabilities(
     base: Float[Tensor, "r v"], recalled: Recalled, weights: Float[ndarray, "r k"], amount: Float[ndarray, " r"]
-) -> Float[Tensor, "r v"]:
+) -> Float[Tensor, "r w"]:
     """Base + shrinkage · residual as a valid distribution: no score falls below a tenth of the base's.
 
     Parameters
@@ -1295,6 +1293,16 @@ def _numbers(values: Any, name: str) -> Int64[ndarray, " t"]:
             f"{name} have shape {array.shape} and type {array.dtype}, expected whole numbers on one axis"
         )
     return array.astype(np.int64)
+
+
+def _documents(item: Mapping[str, Any], number: int, counted: Bool[ndarray, " t"]) -> Int64[ndarray, " s"]:
+    """The document of each token that counts; `number` where the item names none."""
+    named = np.asarray(item.get("documents", number), np.int64)
+    if named.shape not in ((), counted.shape):
+        raise InvalidInput(
+            f"documents have shape {named.shape} for {len(counted)} tokens, expected one number, or one a token"
+        )
+    return np.broadcast_to(named, counted.shape)[counted]
 
 
 def _plain(item: Any) -> Any:

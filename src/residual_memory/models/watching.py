@@ -55,6 +55,8 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def places_of(model: nn.Module, layer: str, side: Side) -> list[tuple[str, nn.Module, Side]]:
     """Name, module and side of each part of a layer's name."""
+    if side not in get_args(Side):
+        raise InvalidInput(f"side is {side!r}, expected 'input' or 'output'")
     places = []
     for part in layer.split("+"):
         name, at, own = part.strip().partition("@")
@@ -85,10 +87,19 @@ def watching(model: nn.Module, layer: str, side: Side) -> Iterator[Callable[[Cal
     """Watch every part of a layer's name while the context lasts.
 
     The function given turns what passed since its last call into keys [b d]: it takes a function that makes a batch of
-    vectors [b d] of what one part gave.
+    vectors [b d] of what one part gave. What a pass that failed left behind is forgotten when the next one begins.
     """
     with ExitStack() as stack:
-        caught = [
+        thread = threading.get_ident()
+        caught: list[tuple[str, list[Tensor]]] = []
+
+        def begin(*_arguments: Any) -> None:
+            if threading.get_ident() == thread:
+                for _name, passed in caught:
+                    passed.clear()
+
+        stack.callback(model.register_forward_pre_hook(begin).remove)
+        caught += [
             (name, stack.enter_context(captured(module, own))) for name, module, own in places_of(model, layer, side)
         ]
 
