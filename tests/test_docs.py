@@ -26,7 +26,8 @@ import residual_memory as rm
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-NEEDS = {"torch": ("torch", "sklearn"), "language": ("torch", "transformers")}  # what a page's code imports beyond the core
+# What a page's code imports beyond the core.
+NEEDS = {"torch": ("torch", "sklearn"), "language": ("torch", "transformers")}
 SPHINX = ("sphinx", "myst_parser", "furo")
 FRAMEWORKS = ("faiss", "sklearn", "torch", "transformers")
 BLOCK = re.compile(r"^```(python|sh|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -75,17 +75,17 @@ FULL = Plan(
     dense=(200_000, 20_000),
 )
 QUICK = Plan(
-    base=Training("micro", 1_024, "c4", "valid", 30_000),
+    base=Training("micro", 1_024, "c4", "valid", 20_000),
     larger=None,
     larger_rows=0,
     epochs=None,
     held_out=("train", 3_000),
-    test=3_000,
-    sizes=(6_000,),
+    test=2_000,
+    sizes=(2_000,),
     n_neighbors=(16,),
     single=(4,),
-    dense=(3_000, 1_000),
-    added=6_000,
+    dense=(600, 2_000),
+    added=2_000,
 )
 
 
@@ -205,19 +205,19 @@ class Recipe:
             self.compare(setting, with_memory(network, small, "scann"), ks=(min(64, max(self.plan.n_neighbors)),))
 
     def neighbors(self, lm: ResMemForCausalLM) -> None:
-        """One k after the other, from the same search."""
+        """One k after the other, from the same search; on half of the tokens."""
         plan, base = self.plan, self.plan.base
         settings = {k: f"{base.shape}, {_short(base.tokens)} in memory, k = {k}" for k in plan.single}
         if all(self.file.holds(f"{setting}, resmem", 0) for setting in settings.values()):
             return
-        tokens = held_out_tokens(lm, windows(self.held_out), max(plan.single), limit=plan.held_out[1])
+        tokens = held_out_tokens(lm, windows(self.held_out), max(plan.single), limit=plan.held_out[1] // 2)
         methods = {
             f"{setting}, {name}": method
             for k, setting in settings.items()
             for name, method in methods_of(tokens, (k,)).items()
             if name in ("resmem", "knn-lm")
         }
-        scores = measured(lm, windows(self.test), methods, limit=plan.test)
+        scores = measured(lm, windows(self.test), methods, limit=plan.test // 2)
         for setting in settings.values():
             some = {name: f"{setting}, {name}" for name in ("resmem", "knn-lm")}
             rows = rows_of(
@@ -349,6 +349,8 @@ def _normalised(predictions: Float[ndarray, "b c"]) -> Float[ndarray, "b c"]:
 
 
 def _short(n: int) -> str:
+    if n < 1_000:
+        return str(n)
     return f"{n / 1e6:g}M" if n >= 1_000_000 else f"{n / 1e3:g}k"
 
 

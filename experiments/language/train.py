@@ -27,6 +27,7 @@ from residual_memory.demo.cifar100 import user_cache
 BATCH = 16  # windows a step
 PEAK_LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 100, 0.1
 ROUND = 200  # steps between two checkpoints
+COMPILED = 100  # steps from which on compiling takes less time than it saves
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,19 @@ def train(training: Training, *, seed: int = 0) -> None:
         schedule.load_state_dict(state["schedule"])
         done = state["steps"]
 
-    @torch.compile
     def loss_of(tokens: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             logits = network(tokens[:, :-1]).logits
         return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
+    compiled = torch.compile(loss_of) if n_steps > COMPILED else loss_of
     started, total = time.perf_counter(), 0.0
     order: ndarray = np.zeros(0, np.int64)
     for step in range(done, n_steps):
         if step == done or step % a_pass == 0:
             order = np.random.default_rng(step // a_pass).permutation(len(windows))
         rows = order[step % a_pass * BATCH :][:BATCH]
-        loss = loss_of(torch.from_numpy(windows[rows]).to(device))
+        loss = compiled(torch.from_numpy(windows[rows]).to(device))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

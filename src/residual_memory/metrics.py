@@ -153,7 +153,8 @@ def mean_interval(values: ArrayLike, groups: ArrayLike | None = None) -> Estimat
     Parameters
     ----------
     values : [q].
-    groups : rows of one group (a document) are counted as one draw.
+    groups : rows of one group (a document) are counted as one draw; from one group alone nothing is known of others,
+        and the interval is everything.
     """
     rows = np.asarray(values, np.float64)
     if rows.ndim != 1 or not len(rows):
@@ -164,6 +165,8 @@ def mean_interval(values: ArrayLike, groups: ArrayLike | None = None) -> Estimat
         _, owner = np.unique(np.asarray(groups), return_inverse=True)
         deviations = np.bincount(owner, weights=deviations)
     n = len(deviations)
+    if groups is not None and n == 1:
+        return Estimate(mean, -np.inf, np.inf)
     variance = (deviations**2).sum() / len(rows) ** 2 * (n / max(n - 1, 1))
     margin = Z95 * float(np.sqrt(variance))
     return Estimate(mean, mean - margin, mean + margin)

@@ -14,7 +14,7 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput
 from residual_memory.validation import as_count
 
-Tokens = Sequence[int] | Integer[ndarray, " t"]
+Tokens = Sequence[int] | Integer[ndarray, " _"]
 Window = dict[str, Any]  # input_ids [t], documents [t], start, skip
 
 
@@ -24,7 +24,11 @@ class TextFile:
 
     Parameters
     ----------
-    path : UTF-8 text.
+    path : UTF-8 text; without blank lines it is one document, held whole while it is read.
+
+    Raises
+    ------
+    InvalidInput : while it is read, if it is not UTF-8.
     """
 
     path: str | os.PathLike[str]
@@ -32,12 +36,15 @@ class TextFile:
     def __iter__(self) -> Iterator[str]:
         lines: list[str] = []
         with Path(self.path).open(encoding="utf-8") as file:
-            for line in chain(file, [""]):
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield "".join(lines).rstrip("\n")
-                    lines = []
+            try:
+                for line in chain(file, [""]):
+                    if line.strip():
+                        lines.append(line)
+                    elif lines:
+                        yield "".join(lines).rstrip("\n")
+                        lines = []
+            except UnicodeDecodeError as error:
+                raise InvalidInput(f"{self.path} is not UTF-8 text ({error}); convert it first") from None
 
 
 @dataclass(frozen=True)
