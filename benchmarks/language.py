@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ from experiments.results_file import ResultFile, stamped
 from residual_memory.memory import Memory
 
 RESULTS = Path(__file__).parent / "results" / "language.json"
-BUILT, SCORED = 40_000, 20_480  # tokens
+BUILT, SCORED = 40_000, 10_240  # tokens
 PEAKS = (250_000, 1_000_000)
-SPECS = ("nprobe=32&k_factor=8", "nprobe=8&k_factor=4", "nprobe=4&k_factor=2")
-SEARCHED = (1.0, 0.5, 0.25)  # the base's confidence below which the memory is searched
+SPECS = ("nprobe=16&k_factor=8", "nprobe=4&k_factor=2")
+SEARCHED = (1.0, 0.3)  # the base's confidence below which the memory is searched
 
 
 def run() -> None:
@@ -58,7 +59,7 @@ def building() -> Row:
     def bare() -> None:
         items = torch.from_numpy(text.windows())
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for some in items.split(batch):
+            for some in torch.split(items, batch):
                 model(some[:, :-1], use_cache=False)
 
     def ours() -> None:
@@ -95,7 +96,7 @@ def base_scores(model: T5DecoderLM, text: Tokens) -> tuple[float, float]:
     hits, loss = 0, 0.0
     items = torch.from_numpy(text.first(SCORED + 1).windows())
     with torch.inference_mode():
-        for some in items.split(16):
+        for some in torch.split(items, 16):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(some[:, :-1], use_cache=False).logits
             flat, labels = logits.flatten(0, 1).float(), some[:, 1:].flatten()
@@ -109,7 +110,7 @@ def scoring() -> list[Row]:
     recipe = Recipe(FULL, ResultFile("language", "", "", folder=Path(tempfile.mkdtemp())))
     model, memory = network(), recipe.base_memory()
     text = recipe.test
-    code = "faiss:IVF4096,PQ32x4fs"
+    code = "faiss:IVF2048,PQ32x4fs"
     tuned = rm.ResMemForCausalLM(model, memory, autocast=torch.bfloat16, index=f"{code}?{SPECS[0]}")
     chosen = chosen_methods(tuned, windows(recipe.held_out), n_neighbors=(64,), limit=10_000)["resmem"].setting
     rows = []
@@ -118,9 +119,8 @@ def scoring() -> list[Row]:
         for below in SEARCHED:
             some = lm.with_setting(replace(chosen, search_below=below))
             found = some.score(windows(text), limit=SCORED)
-            times = in_turns(
-                lambda some=some: some.score(windows(text), limit=SCORED), lambda: base_scores(model, text), turns=2
-            )
+            ours = partial(some.score, windows(text), limit=SCORED)
+            times = in_turns(ours, partial(base_scores, model, text), turns=2)
             row = row_of(f"scoring {SCORED:,} tokens, {spec}, searched below {below:g}", "bare model", 2.0, *times)
             rows.append(row | found.summary() | {"tokens_per_second_ratio": times[1] / times[0], "rows": len(memory)})
     return rows

@@ -8,6 +8,7 @@ Networks are trained first (experiments/runs/language.sh); memories are built in
 import importlib.util
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from residual_memory.memory import Memory
 from residual_memory.models.transformers import ResMemForCausalLM, held_out_tokens
 
 ID_BYTES = 8  # of a row in faiss's inverted lists
-LISTED = (2, 4, 8, 16)  # m of the curve of gain against bytes
+LISTED = (2, 8, 16)  # m of the curve of gain against bytes
 KEPT = (0.7, 0.4, 0.1)  # largest base probability of a token that is kept
 EXACT_UP_TO = 500_000  # rows
 
@@ -178,7 +179,7 @@ class Recipe:
         scores = measured(lm, windows(test), methods, limit=n_test or plan.test)
         more = {"rows": sum(len(memory) for memory in lm.memories), "index": lm.description, **more}
         for name, row in rows_of(scores, methods, self.counts, **more).items():
-            self.file.row(f"{setting}, {name}", 0, lambda row=row: row)
+            self.file.row(f"{setting}, {name}", 0, partial(dict, row))
         print("\n".join(self.file.table().splitlines()[-len(methods) :]), flush=True)
         return scores
 
@@ -205,19 +206,19 @@ class Recipe:
             self.compare(setting, with_memory(network, small, "scann"), ks=(min(64, max(self.plan.n_neighbors)),))
 
     def neighbors(self, lm: ResMemForCausalLM) -> None:
-        """One k after the other, from the same search; on half of the tokens."""
+        """One k after the other, from the same search."""
         plan, base = self.plan, self.plan.base
         settings = {k: f"{base.shape}, {_short(base.tokens)} in memory, k = {k}" for k in plan.single}
         if all(self.file.holds(f"{setting}, resmem", 0) for setting in settings.values()):
             return
-        tokens = held_out_tokens(lm, windows(self.held_out), max(plan.single), limit=plan.held_out[1] // 2)
+        tokens = held_out_tokens(lm, windows(self.held_out), max(plan.single), limit=plan.held_out[1])
         methods = {
             f"{setting}, {name}": method
             for k, setting in settings.items()
             for name, method in methods_of(tokens, (k,)).items()
             if name in ("resmem", "knn-lm")
         }
-        scores = measured(lm, windows(self.test), methods, limit=plan.test // 2)
+        scores = measured(lm, windows(self.test), methods, limit=plan.test)
         for setting in settings.values():
             some = {name: f"{setting}, {name}" for name in ("resmem", "knn-lm")}
             rows = rows_of(
@@ -228,7 +229,7 @@ class Recipe:
                 index=lm.description,
             )
             for name, row in rows.items():
-                self.file.row(some[name], 0, lambda row=row: row)
+                self.file.row(some[name], 0, partial(dict, row))
 
     def added_later(self) -> None:
         """A memory of web text for the base that was trained on Wikipedia, alone and beside its own; then forgotten."""
@@ -240,11 +241,12 @@ class Recipe:
         if self.file.holds(f"{setting}, both memories, resmem", 0):
             return
         network, own = base.load(), self.base_memory()
-        tried = (texts["valid"], texts["test"])
+        tried: dict[str, Any] = {"texts": (texts["valid"], texts["test"]), "ks": (min(64, max(self.plan.n_neighbors)),)}
+        tried["n_test"] = self.plan.dense[1]
         added = rm.build_memory(network, windows(texts["train"]), None, autocast=torch.bfloat16, verbose=False)
-        self.compare(f"{setting}, memory of {base.corpus}", with_memory(network, own), texts=tried)
-        self.compare(f"{setting}, memory of {other}", with_memory(network, added), texts=tried)
-        self.compare(f"{setting}, both memories", with_memory(network, [own, added]), texts=tried)
+        self.compare(f"{setting}, memory of {base.corpus}", with_memory(network, own), **tried)
+        self.compare(f"{setting}, memory of {other}", with_memory(network, added), **tried)
+        self.compare(f"{setting}, both memories", with_memory(network, [own, added]), **tried)
         probe = torch.from_numpy(next(iter(windows(texts["test"])))["input_ids"][None, :-1])
         alone, both = with_memory(network, added), with_memory(network, [own, added])
         before = with_memory(network, own)(probe).logits
@@ -298,7 +300,7 @@ class Recipe:
             memory = some_rows(dense, np.arange(len(dense)), m)
             self.share(f"{name}, top {m}", network, memory, "exact", whole, n_test=n_test, ks=ks)
         eight = some_rows(dense, np.arange(len(dense)), 8)
-        for code in (64, 32, 16):
+        for code in (64, 32):
             spec = f"faiss:IVF{max(4, int(n**0.5)) // 4 * 4},PQ{code}x4fs?nprobe=32&k_factor=8"
             self.share(f"{name}, top 8, PQ{code}x4fs", network, eight, spec, whole, n_test=n_test, ks=ks, code=code / 2)
         told = _label_probabilities(dense)

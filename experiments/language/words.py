@@ -17,7 +17,8 @@ from experiments.language.corpus import Tokens, tokenizer_of
 from experiments.language.measuring import chosen_methods
 from experiments.language.table import FULL, QUICK, Recipe, windows, with_memory
 from experiments.results_file import RESULTS, ResultFile, stamped
-from residual_memory.models.transformers import ResMemForCausalLM, TokenBatch
+from residual_memory.models.tokens import TokenBatch
+from residual_memory.models.transformers import ResMemForCausalLM
 
 BEFORE = 24  # tokens of context that are shown
 SHOWN, MEMORIES = 16, 3

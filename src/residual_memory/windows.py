@@ -44,7 +44,7 @@ class TextFile:
                         yield "".join(lines).rstrip("\n")
                         lines = []
             except UnicodeDecodeError as error:
-                raise InvalidInput(f"{self.path} is not UTF-8 text ({error}); convert it first") from None
+                raise InvalidInput(f"{self.path} is not text in UTF-8: {error.reason}; save it as UTF-8") from None
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,8 @@ def _from_text(
     path: Path, file: TextFile, text: TextReading, kept: _Kept, sparse: _Sparse, layer: str, side: Side
 ) -> Memory:
     model, tokenizer = text.load(file)
-    from residual_memory.models.transformers import TokenWatch, build_memory
+    from residual_memory.models.tokens import TokenWatch
+    from residual_memory.models.transformers import build_memory
 
     windows = text.windows(file, TokenWatch(model, layer, side), tokenizer)
     with reading(file):

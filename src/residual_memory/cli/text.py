@@ -67,9 +67,8 @@ class TextReading:
         for name in ("length", "stride", "limit", "batch_size"):
             if getattr(self, name) is not None:
                 as_count(f"--{name.replace('_', '-')}", getattr(self, name))
-        with readable(file):
-            if next(iter(file), None) is None:
-                raise InvalidInput(f"{file.path} is empty: there is nothing to read")
+        if next(iter(file), None) is None:
+            raise InvalidInput(f"{file.path} is empty: there is nothing to read")
         tokenizer = load_tokenizer(self.model, self.tokenizer)
         if tokenizer.eos_token_id is None:
             note("the tokenizer has no end-of-text token, so nothing stands between two documents")
@@ -109,18 +108,9 @@ def autocast_named(name: str | None) -> Any:
 
 @contextmanager
 def reading(file: TextFile) -> Iterator[None]:
-    """While a model runs on a text: its failures, and text that is none, as errors that say where."""
-    with user_code(f"running the model on {file.path}", FITTING), readable(file):
+    """While a model runs on a text: its failures as errors that say where."""
+    with user_code(f"running the model on {file.path}", FITTING):
         yield
-
-
-@contextmanager
-def readable(file: TextFile) -> Iterator[None]:
-    """Bytes that are no text as an `InvalidInput`."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{file.path} is not text in UTF-8: {error.reason}; save it as UTF-8") from None
 
 
 def load_language_model(reference: str) -> Any:

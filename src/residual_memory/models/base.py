@@ -88,7 +88,7 @@ class Source:
         ------
         FingerprintMismatch : naming what differs.
         """
-        names = ["model", "layer", "side", "pool", *(["data", "tokenizer"] if data else [])]
+        names = ["model", "layer", "side", "pool", *(["data"] if data else [])]
         for name in names:
             was, now = getattr(self, name), getattr(found, name)
             if was != now:
