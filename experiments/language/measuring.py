@@ -1,6 +1,6 @@
 """Every method on the same tokens in one pass: base, ResMem, kNN-LM and the memory alone, from one search."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from experiments.results_file import Row
+from residual_memory.correction import ResidualKNN, label_average, residual_average, to_probabilities
 from residual_memory.kernels import kernel_named
 from residual_memory.language import (
     HeldOutTokens,
@@ -19,6 +20,8 @@ from residual_memory.language import (
     gate_features,
     tune_tokens,
 )
+from residual_memory.memory import Snapshot
+from residual_memory.models.tokens import TokenBatch
 from residual_memory.models.transformers import (
     ResMemForCausalLM,
     Seen,
@@ -27,6 +30,8 @@ from residual_memory.models.transformers import (
     likeliest_label,
 )
 from residual_memory.sparse import Recalled
+
+DENSE_ROWS = 256  # tokens that are looked up together in a memory of whole predictions
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,88 @@ def measured(
     return {name: TokenScores.joined(scores) for name, scores in parts.items()}
 
 
+def dense_tokens(lm: ResMemForCausalLM, text: Iterable[Any], k: int, *, limit: int) -> HeldOutTokens:
+    """What settings are chosen by, from a memory of whole predictions."""
+    parts = []
+    for looked in _looked_up(lm, text, k, limit):
+        labels, base = looked.batch.labels.numpy(), looked.base
+        hit = (looked.labels == labels[:, None]).astype(np.float32)
+        said = looked.snapshot.column("predictions").take(looked.rows)
+        told = np.take_along_axis(said, labels[:, None, None], axis=2)[:, :, 0].astype(np.float32)
+        probability = base[torch.arange(len(labels)), looked.batch.labels].numpy()
+        parts.append(
+            HeldOutTokens(
+                looked.distances,
+                hit,
+                hit - told,
+                probability=probability,
+                documents=looked.batch.documents,
+                **looked.cues,
+            )
+        )
+    return HeldOutTokens.joined(parts)
+
+
+def dense_scores(lm: ResMemForCausalLM, text: Iterable[Any], setting: LanguageSetting, *, limit: int) -> TokenScores:
+    """Every token under one setting, with whole residuals: the reference that lists of classes are compared with."""
+    parts = []
+    for looked in _looked_up(lm, text, setting.n_neighbors, limit):
+        labels, base = looked.batch.labels.numpy(), looked.base.numpy()
+        weights = kernel_named(setting.kernel)(looked.distances, float(setting.bandwidth))
+        gate = setting.gate
+        features = gate_features(looked.distances, weights, **looked.cues)
+        amount = np.full(len(labels), setting.shrinkage) if gate is None else gate(features)
+        residual = residual_average(looked.snapshot, looked.rows, weights, 1.0)
+        scores = to_probabilities(base + amount[:, None].astype(np.float32) * residual, base)
+        rows = np.arange(len(labels))
+        votes = label_average(looked.snapshot, looked.rows, weights[:, None, :])[:, 0]
+        parts.append(
+            TokenScores(
+                labels,
+                looked.batch.documents,
+                looked.batch.offsets,
+                -np.log(base[rows, labels]),
+                -np.log(scores[rows, labels]),
+                base.argmax(axis=1) == labels,
+                votes.argmax(axis=1) == labels,
+                scores.argmax(axis=1) == labels,
+                np.ones(len(labels), bool),
+            )
+        )
+    return TokenScores.joined(parts)
+
+
+@dataclass(frozen=True)
+class _LookedUp:
+    """Some tokens and the rows of a dense memory that are nearest to them."""
+
+    batch: TokenBatch
+    base: torch.Tensor
+    snapshot: Snapshot
+    rows: ndarray
+    distances: ndarray
+    labels: ndarray
+    cues: dict[str, ndarray]
+
+
+def _looked_up(lm: ResMemForCausalLM, text: Iterable[Any], k: int, limit: int) -> Iterator[_LookedUp]:
+    knn = ResidualKNN(lm.memories[0], n_neighbors=k, bandwidth=1.0, index="exact")
+    with torch.inference_mode():
+        for whole in lm.watch.batches(text, limit=limit):
+            for start in range(0, len(whole), DENSE_ROWS):
+                batch = whole.part(slice(start, start + DENSE_ROWS))
+                snapshot, found = knn.search(batch.keys.numpy(), k)
+                base, labels = batch.logits.softmax(1), snapshot.targets(found.rows)
+                first = torch.from_numpy(labels[:, :1].astype(np.int64))
+                cues = {
+                    "agrees": labels == labels[:, :1],
+                    "confidence": base.amax(1).numpy(),
+                    "entropy": -(base * base.clamp_min(1e-30).log()).sum(1).numpy(),
+                    "nearest": base.gather(1, first)[:, 0].numpy(),
+                }
+                yield _LookedUp(batch, base, snapshot, found.rows, found.distances, labels, cues)
+
+
 def nearest_alone(recalled: Recalled, k: int, *, labels_only: bool) -> Recalled:
     """The k nearest of the neighbours; `labels_only` forgets what the base said of them.
 
@@ -138,14 +225,14 @@ def rows_of(
 ) -> dict[str, Row]:
     """A row of the result file for every method, in each the best kNN-LM's perplexity beside its own."""
     rows: dict[str, Row] = {}
-    rival = min(float(np.exp(scores[name].corrected_loss.mean())) for name in scores if name == "knn-lm")
+    rival = float(np.exp(scores["knn-lm"].corrected_loss.mean())) if "knn-lm" in scores else None
     for name, some in scores.items():
         setting = methods[name].setting
         rows[name] = {
             "method": name,
             "metric": "accuracy",
             **some.summary(),
-            "perplexity_knn_lm": rival,
+            **({} if rival is None else {"perplexity_knn_lm": rival}),
             "n_neighbors": setting.n_neighbors,
             "bandwidth": setting.bandwidth,
             "kernel": setting.kernel,

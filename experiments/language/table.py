@@ -19,7 +19,14 @@ from numpy import ndarray
 
 import residual_memory as rm
 from experiments.language.corpus import WINDOW, Tokens, tokens_of
-from experiments.language.measuring import chosen_methods, measured, methods_of, rows_of
+from experiments.language.measuring import (
+    chosen_methods,
+    dense_scores,
+    dense_tokens,
+    measured,
+    methods_of,
+    rows_of,
+)
 from experiments.language.model import T5DecoderLM
 from experiments.language.train import Training, train
 from experiments.results_file import RESULTS, ResultFile
@@ -29,8 +36,6 @@ from residual_memory.memory import Memory
 from residual_memory.models.transformers import ResMemForCausalLM, held_out_tokens
 
 ID_BYTES = 8  # of a row in faiss's inverted lists
-LISTED = (2, 8, 16)  # m of the curve of gain against bytes
-KEPT = (0.7, 0.4, 0.1)  # largest base probability of a token that is kept
 EXACT_UP_TO = 500_000  # rows
 
 
@@ -48,6 +53,8 @@ class Plan:
     n_neighbors : values of k to choose from.
     single : values of k to measure one by one.
     dense : rows, and test tokens, of the comparison with a memory of whole predictions.
+    listed, codes, kept : of that comparison: m of the lists; numbers in a code of an index; largest base probabilities
+        of tokens that are kept.
     """
 
     base: Training
@@ -60,6 +67,9 @@ class Plan:
     n_neighbors: tuple[int, ...]
     single: tuple[int, ...]
     dense: tuple[int, int]
+    listed: tuple[int, ...]
+    codes: tuple[int, ...]
+    kept: tuple[float, ...]
     added: int | None = None  # tokens of the other corpus; None takes all
 
 
@@ -74,6 +84,9 @@ FULL = Plan(
     n_neighbors=(64, 256),
     single=(1, 4, 16, 64, 256),
     dense=(200_000, 20_000),
+    listed=(2, 8, 16),
+    codes=(64, 32),
+    kept=(0.7, 0.4, 0.1),
 )
 QUICK = Plan(
     base=Training("micro", 1_024, "c4", "valid", 20_000),
@@ -84,8 +97,11 @@ QUICK = Plan(
     test=2_000,
     sizes=(2_000,),
     n_neighbors=(16,),
-    single=(4,),
+    single=(),
     dense=(600, 2_000),
+    listed=(8,),
+    codes=(),
+    kept=(0.7,),
     added=2_000,
 )
 
@@ -119,7 +135,7 @@ def with_memory(network: T5DecoderLM, memory: Memory | list[Memory], index: str 
     first = memory[0] if isinstance(memory, list) else memory
     spec = index or index_for(len(first))
     lm = rm.ResMemForCausalLM(network, memory, autocast=torch.bfloat16, index=spec)
-    if first.path is not None and not spec.startswith("exact"):
+    if isinstance(memory, Memory) and memory.path is not None and not spec.startswith("exact"):
         lm.save_indexes()
     return lm
 
@@ -284,53 +300,53 @@ class Recipe:
             if not self.file.holds(f"{setting}, resmem", 0):
                 network = training.load(epoch)
                 memory = rm.build_memory(network, windows(tokens), None, autocast=torch.bfloat16, verbose=False)
-                self.compare(setting, with_memory(network, memory, "exact"), ks=(64,))
+                self.compare(setting, with_memory(network, memory, "exact"), ks=(64,), n_test=self.plan.dense[1])
 
     def bytes(self) -> None:
         """What a row may cost: whole predictions, then fewer classes of them, coarser codes, fewer rows."""
         (n, n_test), base = self.plan.dense, self.plan.base
-        ks, name = (min(64, max(self.plan.n_neighbors)),), f"{base.shape}, {_short(n)} in memory"
-        if self.file.holds(f"{name}, done, resmem", 0):
-            return
+        name, k = f"{base.shape}, {_short(n)} in memory", min(64, max(self.plan.n_neighbors))
         network = base.load()
-        dense = built(network, self.train.first(n + 1), f"{base.weights().stem}-dense-{n}", residuals="dense")
-        self.compare(f"{name}, dense", with_memory(network, dense, "exact"), ks=ks, n_test=n_test)
-        whole = self.gain(f"{name}, dense, resmem")
-        for m in LISTED:
-            memory = some_rows(dense, np.arange(len(dense)), m)
-            self.share(f"{name}, top {m}", network, memory, "exact", whole, n_test=n_test, ks=ks)
-        eight = some_rows(dense, np.arange(len(dense)), 8)
-        for code in (64, 32):
+        whole = built(network, self.train.first(n + 1), f"{base.weights().stem}-dense-{n}", residuals="dense")
+        eight = some_rows(whole, np.arange(len(whole)), 8)
+        for m in self.plan.listed:
+            memory = eight if m == 8 else some_rows(whole, np.arange(len(whole)), m)
+            self.sized(f"{name}, top {m}", network, memory, "exact", ks=(k,), n_test=n_test)
+        for code in self.plan.codes:
             spec = f"faiss:IVF{max(4, int(n**0.5)) // 4 * 4},PQ{code}x4fs?nprobe=32&k_factor=8"
-            self.share(f"{name}, top 8, PQ{code}x4fs", network, eight, spec, whole, n_test=n_test, ks=ks, code=code / 2)
-        told = _label_probabilities(dense)
-        for keep in KEPT:
+            self.sized(f"{name}, top 8, PQ{code}x4fs", network, eight, spec, code=code / 2, ks=(k,), n_test=n_test)
+        told = _label_probabilities(whole)
+        for keep in self.plan.kept:
             rows = np.flatnonzero(told <= keep)
-            part = len(rows) / len(dense)
-            memory = some_rows(dense, rows, 8)
+            memory, part = some_rows(whole, rows, 8), len(rows) / len(whole)
             setting = f"{name}, top 8, keep {keep:g}"
-            self.share(setting, network, memory, "exact", whole, n_test=n_test, ks=ks, kept_fraction=part)
-        dense.close()
+            self.sized(setting, network, memory, "exact", ks=(k,), n_test=n_test, kept_fraction=part)
+        self.dense(f"{name}, dense", with_memory(network, whole, "exact"), k, n_test)
+        gain = self.gain(f"{name}, dense, resmem")
+        for row in self.file.rows:
+            if row["setting"].startswith(f"{name}, top") and row["method"] == "resmem":
+                self.file.change(row["setting"], 0, share_of_dense_gain=row["gain"] / gain)
+        whole.close()
 
-    def share(
-        self,
-        setting: str,
-        network: T5DecoderLM,
-        memory: Memory,
-        index: str,
-        whole: float,
-        *,
-        code: float = 0,
-        **more: Any,
+    def sized(
+        self, setting: str, network: T5DecoderLM, memory: Memory, index: str, *, code: float = 0, **more: Any
     ) -> None:
-        """A row that says how much of the dense memory's gain is left, and what a token costs in RAM."""
+        """Rows that say what a token costs in RAM: its code and id in an inverted list, its label and prediction."""
+        layout = memory.layout
+        row_bytes = layout.bytes_per_row(memory.snapshot.manifest.top_m) - 8 - 2 * layout.dim  # id and key are on disk
+        resident = row_bytes + (code + ID_BYTES if code else 0)
+        self.compare(setting, with_memory(network, memory, index), bytes_per_token=resident, **more)
+
+    def dense(self, setting: str, lm: ResMemForCausalLM, k: int, n_test: int) -> None:
+        """The row of a memory of whole predictions, searched exactly."""
         if self.file.holds(f"{setting}, resmem", 0):
             return
-        layout, m = memory.layout, memory.snapshot.manifest.top_m
-        row_bytes = layout.bytes_per_row(m) - 8 - 2 * layout.dim  # without id and key, which stay on disk
-        resident = row_bytes + (code + ID_BYTES if code else 0)
-        scores = self.compare(setting, with_memory(network, memory, index), bytes_per_token=resident, **more)
-        self.file.change(f"{setting}, resmem", 0, share_of_dense_gain=scores["resmem"].accuracy_gain.value / whole)
+        tokens = dense_tokens(lm, windows(self.held_out), k, limit=self.plan.held_out[1])
+        method = methods_of(tokens, (k,))["resmem"]
+        scores = dense_scores(lm, windows(self.test), method.setting, limit=n_test)
+        row = rows_of({"resmem": scores}, {"resmem": method}, self.counts, rows=len(lm.memories[0]), index="exact")
+        layout = lm.memories[0].layout
+        self.file.row(f"{setting}, resmem", 0, lambda: row["resmem"] | {"bytes_per_token": 2 + 2 * layout.n_outputs})
 
     def gain(self, setting: str) -> float:
         """The gain in accuracy that a row has."""

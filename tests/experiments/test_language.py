@@ -152,7 +152,7 @@ def test_the_quick_slice_runs_and_leaves_the_results_alone(
     assert {
         "micro, 2k in memory, resmem",
         "micro, 20k in memory, knn-lm",
-        "micro, 1k in memory, top 8, resmem",
+        "micro, 600 in memory, top 8, resmem",
     } <= names
     assert all(row["perplexity_base"] > 1 and row["perplexity_corrected"] > 1 for row in rows)
     forgotten = [row["identical_after_forgetting"] for row in rows if "identical_after_forgetting" in row]
