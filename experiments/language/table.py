@@ -84,9 +84,9 @@ FULL = Plan(
     n_neighbors=(64, 256),
     single=(1, 4, 16, 64, 256),
     dense=(200_000, 20_000),
-    listed=(2, 8, 16),
-    codes=(64, 32),
-    kept=(0.7, 0.4, 0.1),
+    listed=(2, 8),
+    codes=(32,),
+    kept=(0.7, 0.1),
 )
 QUICK = Plan(
     base=Training("micro", 1_024, "c4", "valid", 20_000),
@@ -322,10 +322,10 @@ class Recipe:
             setting = f"{name}, top 8, keep {keep:g}"
             self.sized(setting, network, memory, "exact", ks=(k,), n_test=n_test, kept_fraction=part)
         self.dense(f"{name}, dense", with_memory(network, whole, "exact"), k, n_test)
-        gain = self.gain(f"{name}, dense, resmem")
+        gain = next(row["log_loss_gain"] for row in self.file.rows if row["setting"] == f"{name}, dense, resmem")
         for row in self.file.rows:
             if row["setting"].startswith(f"{name}, top") and row["method"] == "resmem":
-                self.file.change(row["setting"], 0, share_of_dense_gain=row["gain"] / gain)
+                self.file.change(row["setting"], 0, share_of_dense_gain=row["log_loss_gain"] / gain)
         whole.close()
 
     def sized(
@@ -347,10 +347,6 @@ class Recipe:
         row = rows_of({"resmem": scores}, {"resmem": method}, self.counts, rows=len(lm.memories[0]), index="exact")
         layout = lm.memories[0].layout
         self.file.row(f"{setting}, resmem", 0, lambda: row["resmem"] | {"bytes_per_token": 2 + 2 * layout.n_outputs})
-
-    def gain(self, setting: str) -> float:
-        """The gain in accuracy that a row has."""
-        return float(next(row["gain"] for row in self.file.rows if row["setting"] == setting))
 
 
 def _label_probabilities(dense: Memory) -> Float[ndarray, " n"]:

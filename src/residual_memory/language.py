@@ -237,6 +237,8 @@ def tune_tokens(
 ) -> LanguageTuning:
     """Choose k, kernel and bandwidth, fit a gate, and measure it by cross-fitting over documents.
 
+    Where one lambda for all tokens does better than the gate on tokens that did not fit it, there is no gate.
+
     Parameters
     ----------
     tokens : held-out ones.
@@ -280,12 +282,15 @@ def tune_tokens(
         gate = fit_token_gate(features[~inside], tokens.probability[~inside], residual[~inside])
         measured[inside] = token_losses(tokens.probability[inside], residual[inside], gate(features[inside]))
     base = -np.log(np.maximum(tokens.probability, SMALLEST))
-    gain = mean_interval(base - measured, tokens.documents)
-    fitted = replace(constant, gate=fit_token_gate(features, tokens.probability, residual))
+    plain = token_losses(tokens.probability, residual, constant.shrinkage)
+    gated = measured.mean() < plain.mean()
+    corrected = measured if gated else plain
+    gain = mean_interval(base - corrected, tokens.documents)
+    best = replace(constant, gate=fit_token_gate(features, tokens.probability, residual)) if gated else constant
     return LanguageTuning(
-        best=fitted if gain.low > 0 else replace(constant, shrinkage=0.0),
+        best=best if gain.low > 0 else replace(constant, shrinkage=0.0),
         base=mean_interval(base, tokens.documents),
-        corrected=mean_interval(measured, tokens.documents),
+        corrected=mean_interval(corrected, tokens.documents),
         gain=gain,
         constant=constant,
         knn_lm=best_interpolation[1],
