@@ -317,3 +317,25 @@ def test_frequency_buckets_are_powers_of_ten_and_cover_every_token() -> None:
 def test_frequency_buckets_without_tokens_are_left_out() -> None:
     counts: ndarray = np.array([3] * 10 + [5000] * 10)
     assert [bucket["low"] for bucket in scores_of().by_frequency(counts)] == [0, 1000]
+
+
+def test_one_lambda_is_kept_where_the_gate_only_fits_noise() -> None:
+    random = np.random.default_rng(3)
+    n, k = 240, 2
+    hit = np.repeat((random.random(n) < 0.5).astype(np.float32)[:, None], k, axis=1)
+    probability = np.full(n, 0.2, np.float32)
+    tokens = HeldOutTokens(
+        distances=random.random((n, k)).cumsum(axis=1) + 0.1,
+        hit=hit,
+        residual=hit - probability[:, None],
+        agrees=random.random((n, k)) < 0.5,
+        probability=probability,
+        confidence=random.random(n).astype(np.float32),
+        entropy=random.random(n).astype(np.float32),
+        nearest=random.random(n).astype(np.float32),
+        documents=np.arange(n) % 6,
+    )
+    tuned = tune_tokens(tokens, n_neighbors=(k,))
+    assert tuned.helps
+    assert tuned.best == tuned.constant
+    assert tuned.best.shrinkage > 0

@@ -265,9 +265,9 @@ class Recipe:
         self.compare(f"{setting}, both memories", with_memory(network, [own, added]), **tried)
         probe = torch.from_numpy(next(iter(windows(texts["test"])))["input_ids"][None, :-1])
         alone, both = with_memory(network, added), with_memory(network, [own, added])
-        before = with_memory(network, own)(probe).logits
-        added.forget(added.ids)
         with torch.inference_mode():
+            before = with_memory(network, own)(probe).logits
+            added.forget(added.ids)
             with torch.autocast("cpu", torch.bfloat16):
                 bare = network(probe).logits
             same = torch.equal(alone(probe).logits, bare), torch.equal(both(probe).logits, before)
