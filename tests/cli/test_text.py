@@ -206,7 +206,7 @@ def test_tuning_saves_a_setting_that_helps(shop: Shop) -> None:
     assert 0 < said["log_loss_gain_low"] < said["log_loss_gain"] < said["log_loss_gain_high"]
     with rm.Memory.open("mem") as memory:
         assert rm.LanguageSetting.from_dict(memory.setting or {}) == rm.LanguageSetting.from_dict(said["setting"])
-    assert "gated" in done("info", "mem").out
+    assert "n_neighbors" in done("info", "mem").out
 
 
 def test_evaluation_is_what_scoring_says(shop: Shop) -> None:
