@@ -286,9 +286,9 @@ def tune_tokens(
     gated = measured.mean() < plain.mean()
     corrected = measured if gated else plain
     gain = mean_interval(base - corrected, tokens.documents)
-    chosen = replace(constant, gate=fit_token_gate(features, tokens.probability, residual)) if gated else constant
+    fitted = replace(constant, gate=fit_token_gate(features, tokens.probability, residual)) if gated else constant
     return LanguageTuning(
-        best=chosen if gain.low > 0 else replace(constant, shrinkage=0.0),
+        best=fitted if gain.low > 0 else replace(constant, shrinkage=0.0),
         base=mean_interval(base, tokens.documents),
         corrected=mean_interval(corrected, tokens.documents),
         gain=gain,
