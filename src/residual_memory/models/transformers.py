@@ -95,8 +95,8 @@ def build_memory(
 ) -> Memory:
     """Run a language model once over a text and keep, for every token, what it could not learn.
 
-    The text streams through: what is in RAM does not grow with it. A build that was interrupted goes on where it was
-    when it is called again with the same arguments; a finished one is opened.
+    The text streams through and is never held whole. A build that was interrupted goes on where it was when it is
+    called again with the same arguments; a finished one is opened.
 
     Parameters
     ----------
