@@ -112,7 +112,7 @@ def scoring() -> list[Row]:
     text = recipe.test
     code = "faiss:IVF2048,PQ32x4fs"
     tuned = rm.ResMemForCausalLM(model, memory, autocast=torch.bfloat16, index=f"{code}?{SPECS[0]}")
-    chosen = chosen_methods(tuned, windows(recipe.held_out), n_neighbors=(64,), limit=10_000)["resmem"].setting
+    chosen = chosen_methods(tuned, windows(recipe.held_out), n_neighbors=(64,), limit=10_000)["resmem"]
     rows = []
     for spec in SPECS:
         lm = rm.ResMemForCausalLM(model, memory, setting=chosen, autocast=torch.bfloat16, index=f"{code}?{spec}")

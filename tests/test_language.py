@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def tokens_of(n: int = 4000, *, informative: bool = True, seed: int = 0) -> Held
     near = random.random(n) < AT_RANDOM
     distances = np.sort(random.uniform(1, 2, (n, K)), axis=1)
     distances[near, :2] /= 10
-    said = random.uniform(0.05, 0.5, (n, K))
+    said = random.uniform(0.05, 0.5, (n, K)) if informative else np.repeat(probability[:, None], K, axis=1)
     hit = (random.random((n, K)) < said).astype(np.float32)  # as often as the base said: nothing to learn
     if informative:
         hit[near, :2] = 1
@@ -62,7 +63,7 @@ def some_gate(seed: int = 0) -> TokenGate:
 
 
 def test_a_setting_with_a_gate_comes_back_from_json() -> None:
-    setting = LanguageSetting(32, 0.7, "gaussian", 0.3, some_gate(), 0.9)
+    setting = LanguageSetting(32, 0.7, "gaussian", 0.3, some_gate(), 0.9, 0.5)
     again = LanguageSetting.from_dict(json.loads(json.dumps(setting.to_dict())))
     assert again == setting
     features = np.random.default_rng(1).normal(size=(5, N_FEATURES))
@@ -93,6 +94,7 @@ def test_a_gate_stays_between_0_and_1_on_features_it_never_saw() -> None:
         ({"kernel": "box"}, "kernel"),
         ({"shrinkage": 1.5}, "shrinkage is 1.5, expected a number from 0, up to 1"),
         ({"search_below": float("nan")}, "search_below is nan, expected a finite number"),
+        ({"residual_share": -0.5}, "residual_share is -0.5, expected a number from 0, up to 1"),
         ({"lambda": 0.3}, "a setting has n_neighbors, bandwidth, kernel, .*lambda"),
         ({"gate": {"weights": [1.0]}}, "a token gate has weights, centres and scales"),
         ({"gate": {**asdict(some_gate()), "centres": [0.0]}}, r"lengths \(36, 1, 7\), expected 36, 7 and 7"),
@@ -177,12 +179,17 @@ def test_tuning_finds_the_neighbours_that_know() -> None:
     assert found.gain.value == pytest.approx(found.base.value - found.corrected.value)
     assert found.base.value == pytest.approx(-np.log(tokens.probability).mean())
     assert found.verdict.startswith(f"perplexity {np.exp(found.base.value):.2f} -> {np.exp(found.corrected.value):.2f}")
-    assert found.best == replace(found.constant, gate=found.best.gate)
+    alone = tune_tokens(
+        tokens, n_neighbors=(1, 2, K), bandwidths=(0.1, 1.0), residual_shares=(found.best.residual_share,)
+    )
+    assert alone.best == found.best == replace(alone.constant, gate=found.best.gate)
+    assert alone.corrected == found.corrected
 
 
 def test_the_best_constant_is_the_best_of_all_that_were_tried() -> None:
     tokens = tokens_of(800)
     tried: dict[str, Any] = {"n_neighbors": (1, 2, K), "bandwidths": (0.1, 1.0), "shrinkages": (0.2, 0.6)}
+    tried["residual_shares"] = (0.25, 1.0)
     best = tune_tokens(tokens, **tried).constant
     losses = {}
     for k in tried["n_neighbors"]:
@@ -190,10 +197,13 @@ def test_the_best_constant_is_the_best_of_all_that_were_tried() -> None:
             sigma = scale * float(np.median(tokens.distances[:, k - 1]))
             for kernel, powers in {"exponential": 1, "gaussian": 2}.items():
                 raw = np.exp(-((tokens.distances[:, :k] / sigma) ** powers) / powers)
-                added = (raw / raw.sum(axis=1, keepdims=True) * tokens.residual[:, :k]).sum(axis=1)
-                for amount in (0.0, 0.2, 0.6):
-                    losses[k, kernel, amount, sigma] = token_losses(tokens.probability, added, amount).mean()
-    assert (best.n_neighbors, best.kernel, best.shrinkage, best.bandwidth) == min(losses, key=lambda key: losses[key])
+                weights = raw / raw.sum(axis=1, keepdims=True)
+                theirs, own = tokens.hit[:, :k] - tokens.residual[:, :k], tokens.probability[:, None]
+                for share, amount in product((0.25, 1.0), (0.0, 0.2, 0.6)):
+                    added = (weights * (tokens.hit[:, :k] - share * theirs - (1 - share) * own)).sum(axis=1)
+                    losses[k, kernel, share, amount, sigma] = token_losses(tokens.probability, added, amount).mean()
+    chosen = best.n_neighbors, best.kernel, best.residual_share, best.shrinkage, best.bandwidth
+    assert chosen == min(losses, key=lambda key: losses[key])
 
 
 def test_a_memory_of_noise_is_not_to_be_deployed() -> None:
@@ -221,6 +231,23 @@ def test_interpolation_is_tuned_on_the_neighbours_labels() -> None:
     found = tune_tokens(tokens_of(), n_neighbors=(1, 2, K), bandwidths=(0.1, 1.0))
     assert 0 < found.knn_lm.shrinkage < 1
     assert found.knn_lm.gate is None
+    assert found.knn_lm.residual_share == 0
+    rival = tune_tokens(tokens_of(), n_neighbors=(1, 2, K), bandwidths=(0.1, 1.0), residual_shares=(0.0,))
+    assert rival.constant == found.knn_lm
+
+
+def test_a_share_of_the_residuals_is_no_worse_than_all_or_none_of_them() -> None:
+    tokens = tokens_of()
+    losses = {
+        shares: tune_tokens(tokens, n_neighbors=(K,), residual_shares=shares).corrected.value
+        for shares in ((0.0,), (1.0,), (0.0, 0.5, 1.0))
+    }
+    assert losses[0.0, 0.5, 1.0] <= min(losses[0.0,], losses[1.0,])
+
+
+def test_without_a_residual_share_there_is_nothing_to_try() -> None:
+    with pytest.raises(InvalidInput, match="one residual share"):
+        tune_tokens(tokens_of(100), n_neighbors=(K,), residual_shares=())
 
 
 @pytest.mark.parametrize("change", [{"n_folds": 1}, {"documents": 1}])

@@ -182,6 +182,17 @@ def test_with_no_mass_listed_it_is_the_neighbours_distribution_minus_the_base() 
     np.testing.assert_allclose(unsaid + 0.3 * ours, 0.7 * unsaid + 0.3 * p_knn, rtol=0, atol=4e-7)
 
 
+@given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.floats(0, 1))
+def test_a_share_of_the_residual_leaves_the_rest_to_knn_lm(seed: int, k: int, m: int, share: float) -> None:
+    recalled, said = recalled_of(4, k, m, 9, seed)
+    weights, at = weights_of(recalled), listed(recalled, said)
+    mixture = np.einsum("qk,qkc->qc", weights, np.eye(9)[recalled.labels]) - weights.sum(axis=1)[:, None] * said
+    shared = sparse_residual(recalled, weights, at, share=share).dense(said)
+    expected = share * residual(recalled, weights, said) + (1 - share) * mixture
+    np.testing.assert_allclose(shared, expected, **ROUNDING)
+    np.testing.assert_allclose(sparse_residual(recalled, weights, at, share=0.0).dense(said), mixture, **ROUNDING)
+
+
 @pytest.mark.parametrize("m", [1, 3, 8])
 def test_memories_that_said_what_the_base_says_interpolate_as_knn_lm(m: int) -> None:
     """Oracle I, with the predictions cut to the top m."""

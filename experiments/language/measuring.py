@@ -16,7 +16,6 @@ from residual_memory.language import (
     HeldOutTokens,
     LanguageSetting,
     TokenScores,
-    fit_token_gate,
     gate_features,
     tune_tokens,
 )
@@ -34,59 +33,52 @@ from residual_memory.sparse import Recalled
 DENSE_ROWS = 256  # tokens that are looked up together in a memory of whole predictions
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to use what was found.
-
-    Attributes
-    ----------
-    setting : k, kernel, bandwidth, and how much to trust it.
-    interpolates : kNN-LM: (1 − λ) base + λ memory, the neighbours' own predictions left out.
-    """
-
-    setting: LanguageSetting
-    interpolates: bool = False
-
-    def amount(self, seen: Seen, recalled: Recalled, weights: Float[ndarray, "q k"]) -> Float[ndarray, " q"]:
-        """The shrinkage of each token."""
-        if self.setting.gate is None:
-            return np.full(len(weights), self.setting.shrinkage)
-        cues = {**seen.cues, "agrees": seen.cues["agrees"][:, : weights.shape[1]]}
-        return self.setting.gate(gate_features(recalled.distances, weights, **cues))
+PAPER, KNN_LM = (1.0,), (0.0,)  # residual shares of the two published methods
 
 
 def chosen_methods(
     lm: ResMemForCausalLM, held_out: Iterable[Any], *, n_neighbors: tuple[int, ...], limit: int
-) -> dict[str, Method]:
-    """ResMem and kNN-LM, each with one lambda and with a gate, chosen by log-loss on the same held-out tokens."""
+) -> dict[str, LanguageSetting]:
+    """Every method, each chosen by log-loss on the same held-out tokens."""
     tokens = held_out_tokens(lm, held_out, max(n_neighbors), limit=limit)
     return methods_of(tokens, n_neighbors)
 
 
-def methods_of(tokens: HeldOutTokens, n_neighbors: tuple[int, ...]) -> dict[str, Method]:
-    """The same from what was collected."""
-    tuned = tune_tokens(tokens, n_neighbors=n_neighbors)
+def methods_of(tokens: HeldOutTokens, n_neighbors: tuple[int, ...]) -> dict[str, LanguageSetting]:
+    """The same from what was collected.
+
+    "resmem" is what the library chooses; the others are it with one lambda, with the whole residuals of the paper (and
+    one lambda), and kNN-LM with one lambda and with the gate.
+    """
+    ours, paper, rival = (
+        tune_tokens(tokens, n_neighbors=n_neighbors, **some)
+        for some in ({}, {"residual_shares": PAPER}, {"residual_shares": KNN_LM})
+    )
     return {
-        "resmem": Method(tuned.best),
-        "resmem-constant": Method(tuned.constant),
-        "knn-lm": Method(tuned.knn_lm, interpolates=True),
-        "knn-lm-gated": Method(gated_interpolation(tokens, tuned.knn_lm), interpolates=True),
+        "resmem": ours.best,
+        "resmem-constant": ours.constant,
+        "resmem-whole": paper.best,
+        "resmem-whole-constant": paper.constant,
+        "knn-lm": rival.constant,
+        "knn-lm-gated": rival.best,
     }
 
 
-def gated_interpolation(tokens: HeldOutTokens, setting: LanguageSetting) -> LanguageSetting:
-    """KNN-LM with the same gate as ours in place of one lambda: what the gate alone is worth."""
-    k = setting.n_neighbors
-    weights = kernel_named(setting.kernel)(tokens.distances[:, :k], float(setting.bandwidth))
-    added = (weights * tokens.hit[:, :k]).sum(axis=1) - tokens.probability * weights.sum(axis=1)
-    return replace(setting, gate=fit_token_gate(tokens.features(weights), tokens.probability, added))
+def amount_of(
+    setting: LanguageSetting, seen: Seen, recalled: Recalled, weights: Float[ndarray, "q k"]
+) -> Float[ndarray, " q"]:
+    """The shrinkage of each token."""
+    if setting.gate is None:
+        return np.full(len(weights), setting.shrinkage)
+    cues = {**seen.cues, "agrees": seen.cues["agrees"][:, : weights.shape[1]]}
+    return setting.gate(gate_features(recalled.distances, weights, **cues))
 
 
 def measured(
-    lm: ResMemForCausalLM, text: Iterable[Any], methods: Mapping[str, Method], *, limit: int
+    lm: ResMemForCausalLM, text: Iterable[Any], methods: Mapping[str, LanguageSetting], *, limit: int
 ) -> dict[str, TokenScores]:
     """The scores of every method on the first `limit` tokens of a text."""
-    wide = max(method.setting.n_neighbors for method in methods.values())
+    wide = max(setting.n_neighbors for setting in methods.values())
     lm = lm.with_setting(replace(lm.setting, n_neighbors=wide, gate=None, search_below=1.0))
     parts: dict[str, list[TokenScores]] = {name: [] for name in methods}
     with torch.inference_mode():
@@ -98,13 +90,11 @@ def measured(
                 rows = torch.arange(len(some))
                 labels = some.labels
                 base_loss, base_hit = -seen.base[rows, labels].log(), seen.base.argmax(1) == labels
-                for name, method in methods.items():
-                    k = method.setting.n_neighbors
-                    recalled = nearest_alone(seen.recalled, k, labels_only=method.interpolates)
-                    kernel = kernel_named(method.setting.kernel)
-                    weights = kernel(recalled.distances, float(method.setting.bandwidth))
-                    amount = method.amount(seen, recalled, weights)
-                    scores = corrected_probabilities(seen.base, recalled, weights, amount)
+                for name, setting in methods.items():
+                    recalled = nearest(seen.recalled, setting.n_neighbors)
+                    weights = kernel_named(setting.kernel)(recalled.distances, float(setting.bandwidth))
+                    amount = amount_of(setting, seen, recalled, weights)
+                    scores = corrected_probabilities(seen.base, recalled, weights, amount, share=setting.residual_share)
                     parts[name].append(
                         TokenScores(
                             labels.numpy(),
@@ -152,10 +142,12 @@ def dense_scores(lm: ResMemForCausalLM, text: Iterable[Any], setting: LanguageSe
         gate = setting.gate
         features = gate_features(looked.distances, weights, **looked.cues)
         amount = np.full(len(labels), setting.shrinkage) if gate is None else gate(features)
-        residual = residual_average(looked.snapshot, looked.rows, weights, 1.0)
+        recalled = label_average(looked.snapshot, looked.rows, weights[:, None, :])[:, 0]
+        share, taken = setting.residual_share, base * weights.sum(axis=1, keepdims=True)
+        residual = share * residual_average(looked.snapshot, looked.rows, weights, 1.0)
+        residual += (1 - share) * (recalled - taken)
         scores = to_probabilities(base + amount[:, None].astype(np.float32) * residual, base)
         rows = np.arange(len(labels))
-        votes = label_average(looked.snapshot, looked.rows, weights[:, None, :])[:, 0]
         parts.append(
             TokenScores(
                 labels,
@@ -164,7 +156,7 @@ def dense_scores(lm: ResMemForCausalLM, text: Iterable[Any], setting: LanguageSe
                 -np.log(base[rows, labels]),
                 -np.log(scores[rows, labels]),
                 base.argmax(axis=1) == labels,
-                votes.argmax(axis=1) == labels,
+                recalled.argmax(axis=1) == labels,
                 scores.argmax(axis=1) == labels,
                 np.ones(len(labels), bool),
             )
@@ -203,31 +195,20 @@ def _looked_up(lm: ResMemForCausalLM, text: Iterable[Any], k: int, limit: int) -
                 yield _LookedUp(batch, base, snapshot, found.rows, found.distances, labels, cues)
 
 
-def nearest_alone(recalled: Recalled, k: int, *, labels_only: bool) -> Recalled:
-    """The k nearest of the neighbours; `labels_only` forgets what the base said of them.
-
-    A row that lists no class and leaves all its mass to the rest says what the query's own prediction says, and then
-    the correction is kNN-LM's (oracle I).
-    """
+def nearest(recalled: Recalled, k: int) -> Recalled:
+    """The k nearest of the neighbours."""
     columns = {name: getattr(recalled, name)[:, :k] for name in Recalled.__dataclass_fields__}
-    if labels_only:
-        nothing = np.zeros((*columns["labels"].shape, 0))
-        columns |= {
-            "indices": nothing.astype(np.int32),
-            "probabilities": nothing.astype(np.float32),
-            "rest": np.ones_like(columns["rest"]),
-        }
     return Recalled(**columns)
 
 
 def rows_of(
-    scores: Mapping[str, TokenScores], methods: Mapping[str, Method], counts: ndarray | None, **more: Any
+    scores: Mapping[str, TokenScores], methods: Mapping[str, LanguageSetting], counts: ndarray | None, **more: Any
 ) -> dict[str, Row]:
     """A row of the result file for every method, in each the best kNN-LM's perplexity beside its own."""
     rows: dict[str, Row] = {}
     rival = float(np.exp(scores["knn-lm"].corrected_loss.mean())) if "knn-lm" in scores else None
     for name, some in scores.items():
-        setting = methods[name].setting
+        setting = methods[name]
         rows[name] = {
             "method": name,
             "metric": "accuracy",
@@ -237,6 +218,7 @@ def rows_of(
             "bandwidth": setting.bandwidth,
             "kernel": setting.kernel,
             "shrinkage": None if setting.gate else setting.shrinkage,
+            "residual_share": setting.residual_share,
             **more,
         }
         if counts is not None:

@@ -343,7 +343,7 @@ class Recipe:
             return
         tokens = dense_tokens(lm, windows(self.held_out), k, limit=self.plan.held_out[1])
         method = methods_of(tokens, (k,))["resmem"]
-        scores = dense_scores(lm, windows(self.test), method.setting, limit=n_test)
+        scores = dense_scores(lm, windows(self.test), method, limit=n_test)
         row = rows_of({"resmem": scores}, {"resmem": method}, self.counts, rows=len(lm.memories[0]), index="exact")
         layout = lm.memories[0].layout
         self.file.row(f"{setting}, resmem", 0, lambda: row["resmem"] | {"bytes_per_token": 2 + 2 * layout.n_outputs})

@@ -134,7 +134,7 @@ def run(*, quick: bool, fresh: bool) -> None:
     recipe = Recipe(plan, ResultFile("language", "", "", folder=folder))
     lm = with_memory(plan.base.load(), recipe.base_memory())
     chosen = chosen_methods(lm, windows(recipe.held_out), n_neighbors=(min(plan.n_neighbors),), limit=plan.held_out[1])
-    lm = lm.with_setting(chosen["resmem"].setting)
+    lm = lm.with_setting(chosen["resmem"])
     tokenizer, found = tokenizer_of(plan.base.vocabulary), list[Example]()
     for batch in lm.watch.batches(windows(recipe.test), limit=plan.test // 2):
         for here in lm.blocks(len(batch)):

@@ -23,6 +23,7 @@ PENALTY = 1e-4  # of the gate's weights
 SMALLEST = 1e-12  # of a number whose logarithm is taken
 SHRINKAGES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 BANDWIDTHS = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+RESIDUAL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class LanguageSetting:
     gate : a shrinkage that depends on the token.
     search_below : the base's largest probability from which on nothing is searched and the base stands; 1 searches
         always.
+    residual_share : how much of the neighbours' own predictions counts. At 1 the memory adds their residuals (ResMem);
+        at 0 the query's own prediction takes the place of theirs, which is the interpolation of kNN-LM.
     """
 
     n_neighbors: int = 64
@@ -88,6 +91,7 @@ class LanguageSetting:
     shrinkage: float = 0.25
     gate: TokenGate | None = None
     search_below: float = 1.0
+    residual_share: float = 1.0
 
     def __post_init__(self) -> None:
         as_count("n_neighbors", self.n_neighbors)
@@ -96,6 +100,7 @@ class LanguageSetting:
         kernel_named(self.kernel)
         as_fraction("shrinkage", self.shrinkage)
         as_fraction("search_below", self.search_below)
+        as_fraction("residual_share", self.residual_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `Memory.save_setting` and result files."""
@@ -201,7 +206,7 @@ class LanguageTuning:
     base, corrected : mean log-loss in nats, cross-fitted by document; the floor's renormalisation left out.
     gain : base − corrected, paired.
     constant : the best setting without a gate.
-    knn_lm : the best interpolation (1 − λ) base + λ memory, found on the same tokens: its setting, with λ as shrinkage.
+    knn_lm : the best interpolation (1 − λ) base + λ memory without a gate: `residual_share` is 0.
     """
 
     best: LanguageSetting
@@ -232,10 +237,11 @@ def tune_tokens(
     bandwidths: Sequence[float] = BANDWIDTHS,
     kernels: Sequence[str] = ("exponential", "gaussian"),
     shrinkages: Sequence[float] = SHRINKAGES,
+    residual_shares: Sequence[float] = RESIDUAL_SHARES,
     n_folds: int = 5,
     seed: int = 0,
 ) -> LanguageTuning:
-    """Choose k, kernel and bandwidth, fit a gate, and measure it by cross-fitting over documents.
+    """Choose k, kernel, bandwidth and residual share, fit a gate, and measure it by cross-fitting over documents.
 
     Where one lambda for all tokens does better than the gate on tokens that did not fit it, there is no gate.
 
@@ -246,6 +252,7 @@ def tune_tokens(
     bandwidths : to try, as multiples of the median distance to the k-th neighbour.
     kernels : to try.
     shrinkages : constant ones to try; 0 is always tried.
+    residual_shares : to try; (1,) is ResMem as published, (0,) kNN-LM.
     n_folds, seed : of the cross-fitting.
 
     Raises
@@ -254,47 +261,55 @@ def tune_tokens(
     """
     usable = [k for k in sorted({as_count("n_neighbors", k) for k in n_neighbors}) if k <= tokens.distances.shape[1]]
     amounts = np.array(sorted({0.0, *(as_fraction("shrinkage", amount) for amount in shrinkages)}))
+    shares = sorted({as_fraction("residual_share", share) for share in residual_shares})
     shapes = [
         LanguageSetting(k, scale * _typical(tokens.distances[:, k - 1]), kernel)
         for k, scale, kernel in product(usable or [tokens.distances.shape[1]], bandwidths, kernels)
     ]
-    if not shapes:
-        raise InvalidInput("there is no setting to try, expected at least one kernel and one bandwidth")
-    best: tuple[float, LanguageSetting] = (np.inf, LanguageSetting(shrinkage=0.0))
-    best_interpolation = best
+    if not shapes or not shares:
+        raise InvalidInput(
+            "there is no setting to try, expected at least one kernel, one bandwidth and one residual share"
+        )
+    constants: dict[float, tuple[float, LanguageSetting]] = {}
     for shape in shapes:
-        recalled, residual = _at_tokens(tokens, shape)
-        for place, losses in enumerate((_losses(tokens, residual, amounts), _losses(tokens, recalled, amounts))):
+        recalled, residual = _at_tokens(tokens, shape, _weights(tokens, shape))
+        for share in {0.0, *shares}:
+            losses = _losses(tokens, _mixed(recalled, residual, share), amounts)
             chosen = int(losses.argmin())
-            candidate = float(losses[chosen]), replace(shape, shrinkage=float(amounts[chosen]))
-            if place == 0 and candidate[0] < best[0]:
-                best = candidate
-            if place == 1 and candidate[0] < best_interpolation[0]:
-                best_interpolation = candidate
-    constant = best[1]
-    weights = kernel_named(constant.kernel)(tokens.distances[:, : constant.n_neighbors], float(constant.bandwidth))
-    residual = (weights * tokens.residual[:, : constant.n_neighbors]).sum(axis=1)
-    features = tokens.features(weights)
+            if share not in constants or losses[chosen] < constants[share][0]:
+                setting = replace(shape, shrinkage=float(amounts[chosen]), residual_share=share)
+                constants[share] = float(losses[chosen]), setting
     folds = _folds(tokens.documents, n_folds, seed)
-    measured = np.empty(len(tokens))
-    for fold in np.unique(folds):
-        inside = folds == fold
-        gate = fit_token_gate(features[~inside], tokens.probability[~inside], residual[~inside])
-        measured[inside] = token_losses(tokens.probability[inside], residual[inside], gate(features[inside]))
+    trials = [_tried(tokens, constants[share][1], folds) for share in shares]
+    best, corrected = min(trials, key=lambda trial: float(trial[1].mean()))
     base = -np.log(np.maximum(tokens.probability, SMALLEST))
-    plain = token_losses(tokens.probability, residual, constant.shrinkage)
-    gated = measured.mean() < plain.mean()
-    corrected = measured if gated else plain
     gain = mean_interval(base - corrected, tokens.documents)
-    fitted = replace(constant, gate=fit_token_gate(features, tokens.probability, residual)) if gated else constant
     return LanguageTuning(
-        best=fitted if gain.low > 0 else replace(constant, shrinkage=0.0),
+        best=best if gain.low > 0 else replace(best, shrinkage=0.0, gate=None),
         base=mean_interval(base, tokens.documents),
         corrected=mean_interval(corrected, tokens.documents),
         gain=gain,
-        constant=constant,
-        knn_lm=best_interpolation[1],
+        constant=min((constants[share] for share in shares), key=lambda found: found[0])[1],
+        knn_lm=constants[0.0][1],
     )
+
+
+def _tried(
+    tokens: HeldOutTokens, constant: LanguageSetting, folds: Int64[ndarray, " q"]
+) -> tuple[LanguageSetting, Float[ndarray, " q"]]:
+    """A setting with a gate, and the losses under gates that did not see the token; or as it is, if that is better."""
+    weights = _weights(tokens, constant)
+    added = _mixed(*_at_tokens(tokens, constant, weights), constant.residual_share)
+    features = tokens.features(weights)
+    gated = np.empty(len(tokens))
+    for fold in np.unique(folds):
+        inside = folds == fold
+        gate = fit_token_gate(features[~inside], tokens.probability[~inside], added[~inside])
+        gated[inside] = token_losses(tokens.probability[inside], added[inside], gate(features[inside]))
+    plain = token_losses(tokens.probability, added, constant.shrinkage)
+    if gated.mean() < plain.mean():
+        return replace(constant, gate=fit_token_gate(features, tokens.probability, added)), gated
+    return constant, plain
 
 
 def fit_token_gate(
@@ -436,12 +451,21 @@ class TokenScores:
         )
 
 
-def _at_tokens(tokens: HeldOutTokens, setting: LanguageSetting) -> tuple[Float[ndarray, " q"], Float[ndarray, " q"]]:
+def _weights(tokens: HeldOutTokens, setting: LanguageSetting) -> Float[ndarray, "q k"]:
+    return kernel_named(setting.kernel)(tokens.distances[:, : setting.n_neighbors], float(setting.bandwidth))
+
+
+def _at_tokens(
+    tokens: HeldOutTokens, setting: LanguageSetting, weights: Float[ndarray, "q k"]
+) -> tuple[Float[ndarray, " q"], Float[ndarray, " q"]]:
     """What is added to the base at each token by interpolation with the memory, and by its residuals."""
     k = setting.n_neighbors
-    weights = kernel_named(setting.kernel)(tokens.distances[:, :k], float(setting.bandwidth))
     recalled = (weights * tokens.hit[:, :k]).sum(axis=1)
     return recalled - tokens.probability * weights.sum(axis=1), (weights * tokens.residual[:, :k]).sum(axis=1)
+
+
+def _mixed(recalled: Float[ndarray, " q"], residual: Float[ndarray, " q"], share: float) -> Float[ndarray, " q"]:
+    return share * residual + (1 - share) * recalled
 
 
 def _losses(tokens: HeldOutTokens, added: Float[ndarray, " q"], amounts: Float[ndarray, " s"]) -> Float[ndarray, " s"]:

@@ -115,9 +115,12 @@ def tail_shares(
 
 
 def sparse_residual(
-    recalled: Recalled, weights: Float[ndarray, "q k"], base: Float[ndarray, "q k m"]
+    recalled: Recalled, weights: Float[ndarray, "q k"], base: Float[ndarray, "q k m"], *, share: float = 1.0
 ) -> SparseResidual:
     """Σ w (onehot(label) − prediction) over the neighbours.
+
+    With a share β below 1 the query's own prediction stands in for the rest of each neighbour's:
+    Σ w (onehot(label) − β neighbour's − (1 − β) query's); at 0 that is the correction of kNN-LM.
 
     In double precision: where the query's own prediction leaves little to the classes that are not listed, what is
     taken away everywhere and given back at the listed ones are many times the result.
@@ -127,17 +130,18 @@ def sparse_residual(
     recalled : the neighbours.
     weights : of the neighbours; 0 where missing.
     base : the query's own probability of each class that they list.
+    share : β, how much of the neighbours' own predictions counts.
     """
     q, k, m = recalled.indices.shape
     shares, factors = tail_shares(recalled, base)
     weights = weights.astype(np.float64)
     taken = base * shares[:, :, None]
     taken -= recalled.probabilities * factors[:, :, None]
-    taken *= weights[:, :, None]
+    taken *= share * weights[:, :, None]
     return SparseResidual(
         np.concatenate([recalled.labels, recalled.indices.reshape(q, k * m)], axis=1, dtype=np.int64),
         np.concatenate([weights, taken.reshape(q, k * m)], axis=1),
-        (weights * shares).sum(axis=1),
+        (weights * (share * shares + 1 - share)).sum(axis=1),
     )
 
 

@@ -6,16 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy import ndarray
 
 from experiments.language import corpus, table, words
 from experiments.language.corpus import END, Tokens, find_text, tokens_of
-from experiments.language.measuring import nearest_alone
 from experiments.language.model import SHAPES, T5DecoderLM, decoder_config
 from experiments.language.train import Training, learning_rate, train
 from experiments.results_file import RESULTS
 from residual_memory.demo.cifar100 import user_cache
-from residual_memory.sparse import Recalled, sparse_residual
 
 TEXTS = ["The rose is red.\nIt has thorns.", "The poppy is red too.", "A cup stands on a plate."]
 
@@ -110,24 +107,6 @@ def test_training_goes_on_from_its_checkpoint_and_keeps_the_weights_of_each_doub
     train(training)
     for name, value in training.load(2).state_dict().items():
         torch.testing.assert_close(value, whole[name])
-
-
-def test_labels_alone_give_the_mixture_of_knn_lm() -> None:
-    random = np.random.default_rng(0)
-    base = random.dirichlet(np.ones(6), 3).astype(np.float32)
-    labels, weights = random.integers(0, 6, (3, 4)), random.dirichlet(np.ones(4), 3)
-    recalled = Recalled(
-        labels,
-        np.zeros((3, 4)),
-        labels,
-        labels[:, :, None],
-        np.ones((3, 4, 1), np.float32),
-        np.zeros((3, 4), np.float32),
-    )
-    alone = nearest_alone(recalled, 4, labels_only=True)
-    residual = sparse_residual(alone, weights, np.zeros((3, 4, 0), np.float32)).dense(base)
-    votes: ndarray = np.stack([(weights * (labels == c)).sum(axis=1) for c in range(6)], axis=1)
-    np.testing.assert_allclose(base + 0.3 * residual, 0.7 * base + 0.3 * votes, atol=1e-6)
 
 
 def test_a_page_of_words_escapes_what_the_text_says() -> None:

@@ -572,7 +572,7 @@ class ResMemForCausalLM(nn.Module):
         else:
             amount = self.setting.gate(gate_features(recalled.distances, weights, **cues))
         amount = np.where(np.isfinite(recalled.distances[:, 0]), amount, 0.0)
-        return Seen(rows, base, log_normaliser, recalled, weights, amount, cues)
+        return Seen(rows, base, log_normaliser, recalled, weights, amount, self.setting.residual_share, cues)
 
     def _with_loss(self, result: Any, labels: Tensor, options: Mapping[str, Any]) -> Any:
         """A model's output with the loss of its logits, as transformers reckons it."""
@@ -617,6 +617,7 @@ class Seen:
     base, log_normaliser : probabilities, and the log-sum-exp of the logits.
     recalled, weights : the neighbours, and what they count.
     amount : the shrinkage; 0 where there is no neighbour.
+    share : how much of the neighbours' own predictions counts.
     cues : what a gate looks at beside the distances and weights, by the names of `HeldOutTokens`.
     """
 
@@ -626,6 +627,7 @@ class Seen:
     recalled: Recalled
     weights: Float[ndarray, "r k"]
     amount: Float[ndarray, " r"]
+    share: float
     cues: dict[str, ndarray]
 
     def corrected(self, chosen: Int64[Tensor, " s"]) -> Float[Tensor, "s w"]:
@@ -637,6 +639,7 @@ class Seen:
             self.recalled if everything else self.recalled.of(places),
             self.weights[places],
             self.amount[places],
+            share=self.share,
         )
 
     def memory_only(self) -> Int64[ndarray, " r"]:
@@ -645,7 +648,12 @@ class Seen:
 
 
 def corrected_probabilities(
-    base: Float[Tensor, "r v"], recalled: Recalled, weights: Float[ndarray, "r k"], amount: Float[ndarray, " r"]
+    base: Float[Tensor, "r v"],
+    recalled: Recalled,
+    weights: Float[ndarray, "r k"],
+    amount: Float[ndarray, " r"],
+    *,
+    share: float = 1.0,
 ) -> Float[Tensor, "r w"]:
     """Base + shrinkage · residual as a valid distribution: no score falls below a tenth of the base's.
 
@@ -654,8 +662,9 @@ def corrected_probabilities(
     base : probabilities.
     recalled, weights : the neighbours of each row, and what they count.
     amount : the shrinkage of each row.
+    share : how much of the neighbours' own predictions counts, as in `LanguageSetting`.
     """
-    residual = sparse_residual(recalled, weights, probabilities_at(base, recalled.indices))
+    residual = sparse_residual(recalled, weights, probabilities_at(base, recalled.indices), share=share)
     width = max(base.shape[1], int(residual.classes.max(initial=0)) + 1)
     base = functional.pad(base, (0, width - base.shape[1]))
     scores = _added(base, residual, amount)
