@@ -13,6 +13,7 @@ from experiments.results_file import Row
 from residual_memory.correction import ResidualKNN, label_average, residual_average, to_probabilities
 from residual_memory.kernels import kernel_named
 from residual_memory.language import (
+    RESIDUAL_SHARES,
     HeldOutTokens,
     LanguageSetting,
     TokenScores,
@@ -51,8 +52,8 @@ def methods_of(tokens: HeldOutTokens, n_neighbors: tuple[int, ...]) -> dict[str,
     one lambda), and kNN-LM with one lambda and with the gate.
     """
     ours, paper, rival = (
-        tune_tokens(tokens, n_neighbors=n_neighbors, **some)
-        for some in ({}, {"residual_shares": PAPER}, {"residual_shares": KNN_LM})
+        tune_tokens(tokens, n_neighbors=n_neighbors, residual_shares=shares)
+        for shares in (RESIDUAL_SHARES, PAPER, KNN_LM)
     )
     return {
         "resmem": ours.best,

@@ -48,7 +48,6 @@ class Plan:
     base, larger, epochs : trained networks; a memory holds tokens that its base was trained on.
     held_out : split and number of tokens that settings are chosen by.
     test : tokens that figures are measured on.
-    larger_rows : of the larger base's memory, the first of the text.
     sizes : smaller memories of the base.
     n_neighbors : values of k to choose from.
     single : values of k to measure one by one.
@@ -59,7 +58,6 @@ class Plan:
 
     base: Training
     larger: Training | None
-    larger_rows: int
     epochs: Training | None
     held_out: tuple[str, int]
     test: int
@@ -75,15 +73,14 @@ class Plan:
 
 FULL = Plan(
     base=Training(),
-    larger=Training(shape="twice", tokens=3_000_000),
-    larger_rows=1_000_000,
-    epochs=Training(tokens=200_000, epochs=8),
+    larger=Training(shape="twice", tokens=5_000_000),
+    epochs=Training(tokens=1_000_000, epochs=8),
     held_out=("valid", 20_000),
     test=40_000,
     sizes=(1_000_000, 3_000_000),
     n_neighbors=(64, 256),
     single=(1, 4, 16, 64, 256),
-    dense=(200_000, 20_000),
+    dense=(500_000, 20_000),
     listed=(2, 8),
     codes=(32,),
     kept=(0.7, 0.1),
@@ -91,7 +88,6 @@ FULL = Plan(
 QUICK = Plan(
     base=Training("micro", 1_024, "c4", "valid", 20_000),
     larger=None,
-    larger_rows=0,
     epochs=None,
     held_out=("train", 3_000),
     test=2_000,
@@ -285,9 +281,8 @@ class Recipe:
         """A larger base, with the tokens that it was trained on."""
         if (other := self.plan.larger) is None:
             return
-        rows = self.plan.larger_rows
-        memory = built(other.load(), self.train.first(rows + 1), f"{other.weights().stem}-{rows}")
-        self.compare(f"{other.shape}, {_short(rows)} in memory", with_memory(other.load(), memory))
+        memory = built(other.load(), self.train.first(other.tokens), other.weights().stem)
+        self.compare(f"{other.shape}, {_short(other.tokens)} in memory", with_memory(other.load(), memory))
         memory.close()
 
     def epochs(self) -> None:
@@ -300,7 +295,7 @@ class Recipe:
             if not self.file.holds(f"{setting}, resmem", 0):
                 network = training.load(epoch)
                 memory = rm.build_memory(network, windows(tokens), None, autocast=torch.bfloat16, verbose=False)
-                self.compare(setting, with_memory(network, memory, "exact"), ks=(64,), n_test=self.plan.dense[1])
+                self.compare(setting, with_memory(network, memory), n_test=self.plan.dense[1])
 
     def bytes(self) -> None:
         """What a row may cost: whole predictions, then fewer classes of them, coarser codes, fewer rows."""

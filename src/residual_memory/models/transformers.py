@@ -234,25 +234,25 @@ def _fill(
                     "order, so that a build that was interrupted can go on"
                 )
             last = int(batch.offsets[-1]) if len(batch) else last
-            log_normaliser = batch.logits.logsumexp(1, keepdim=True)
-            chosen = torch.from_numpy(batch.offsets >= done).to(batch.logits.device)
-            if known < 1:
-                said = batch.logits.gather(1, batch.labels[:, None]) - log_normaliser
-                chosen &= said[:, 0].exp() <= known
-            rows = chosen.nonzero()[:, 0]
-            if not len(rows):
-                continue
-            kept = batch if len(rows) == len(batch) else batch.of(rows)
-            normaliser = log_normaliser if kept is batch else log_normaliser[rows]
-            builder.add(
-                Observations(
-                    kept.offsets,
-                    _stored_keys(kept.keys, memory),
-                    kept.labels.cpu().numpy(),
-                    _dense(kept.logits, normaliser) if m is None else top_m_of(kept.logits, normaliser, m),
-                    groups=kept.documents,
+            for some in batch.blocks():
+                said = some.logits.log_softmax(1)
+                chosen = torch.from_numpy(some.offsets >= done).to(said.device)
+                if known < 1:
+                    chosen &= said.gather(1, some.labels[:, None])[:, 0].exp() <= known
+                rows = chosen.nonzero()[:, 0]
+                if not len(rows):
+                    continue
+                if len(rows) < len(some):
+                    some, said = some.of(rows), said[rows]
+                builder.add(
+                    Observations(
+                        some.offsets,
+                        _stored_keys(some.keys, memory),
+                        some.labels.cpu().numpy(),
+                        said.exp().cpu().numpy() if m is None else top_m_of(said, m),
+                        groups=some.documents,
+                    )
                 )
-            )
     if n_seen == 0 and done == 0:
         raise InvalidInput("the text has no token with another one before it: there is nothing to predict or memorize")
 
@@ -545,8 +545,9 @@ class ResMemForCausalLM(nn.Module):
 
     def seen(self, logits: Tensor, keys: Tensor, *, always: bool = False) -> "Seen | None":
         """What the memory says of some predictions: of those that the base is not sure of, unless `always`."""
-        log_normaliser = logits.logsumexp(1, keepdim=True)
-        confidence = (logits.amax(1, keepdim=True) - log_normaliser).exp()[:, 0]
+        said = logits.log_softmax(1)
+        log_normaliser = logits.amax(1, keepdim=True) - said.amax(1, keepdim=True)
+        confidence = said.amax(1).exp()
         off = self.setting.gate is None and self.setting.shrinkage == 0
         rows = torch.arange(len(logits), device=logits.device)
         if not always:
@@ -556,15 +557,15 @@ class ResMemForCausalLM(nn.Module):
                 rows = (confidence < self.setting.search_below).nonzero()[:, 0]
                 if not len(rows):
                     return None
-                logits, log_normaliser, confidence = logits[rows], log_normaliser[rows], confidence[rows]
+                said, log_normaliser, confidence = said[rows], log_normaliser[rows], confidence[rows]
                 keys = keys[rows]
-        base = (logits - log_normaliser).exp()
+        base = said.exp()
         recalled = self.recall(keys)
         weights = self._measure.weights(recalled.distances)
         cues = {
             "agrees": recalled.labels == recalled.labels[:, :1],
             "confidence": confidence.cpu().numpy(),
-            "entropy": (log_normaliser[:, 0] - (base * logits).sum(1)).cpu().numpy(),
+            "entropy": torch.special.entr(base).sum(1).cpu().numpy(),
             "nearest": probabilities_at(base, recalled.labels[:, :1])[:, 0],
         }
         if self.setting.gate is None:
@@ -851,7 +852,7 @@ def predictions_from_keys(
     probe = watch.observe_tokens(np.arange(min(watch.vocabulary, 8)))
     with torch.inference_mode():
         again = head(probe.keys.to(head.weight.dtype)).float()
-        if not torch.allclose(again, probe.logits, rtol=1e-3, atol=1e-3):
+        if not torch.allclose(again, probe.logits.float(), rtol=1e-3, atol=1e-3):
             raise InvalidInput(f"the model does more to its logits than {place!r}, so keys do not tell its predictions")
         keys = torch.from_numpy(memory.snapshot.keys.take(rows).astype(np.float32)).to(head.weight)
         return head(keys).float().softmax(1).cpu().numpy()
@@ -952,10 +953,6 @@ def _held_projection(path: str | os.PathLike[str] | None, width: int) -> Float32
 def _stored_keys(keys: Tensor, memory: Memory) -> Float[ndarray, "b d"]:
     half = memory.layout.key_dtype == "float16" and memory.layout.metric == "euclidean"
     return (keys.half() if half and bool(keys.abs().max() < torch.finfo(torch.float16).max) else keys).cpu().numpy()
-
-
-def _dense(logits: Tensor, log_normaliser: Tensor) -> Float[ndarray, "b v"]:
-    return (logits - log_normaliser).exp().cpu().numpy()
 
 
 def _plain(item: Any) -> Any:
