@@ -22,13 +22,8 @@ from residual_memory.language import (
 )
 from residual_memory.memory import Snapshot
 from residual_memory.models.tokens import TokenBatch
-from residual_memory.models.transformers import (
-    ResMemForCausalLM,
-    Seen,
-    corrected_probabilities,
-    held_out_tokens,
-    likeliest_label,
-)
+from residual_memory.models.transformers import ResMemForCausalLM, Seen, held_out_tokens, token_scores
+from residual_memory.models.vocabulary import Said
 from residual_memory.sparse import Recalled
 
 DENSE_ROWS = 256  # tokens that are looked up together in a memory of whole predictions
@@ -86,29 +81,17 @@ def measured(
         for batch in lm.watch.batches(text, limit=limit):
             for here in lm.blocks(len(batch)):
                 some = batch.part(here)
-                seen = lm.seen(some.logits, some.keys, always=True)
+                said = Said.of(some.logits)
+                seen = lm.seen(some.logits, some.keys, said, always=True)
                 assert seen is not None
-                rows = torch.arange(len(some))
-                labels = some.labels
-                base_loss, base_hit = -seen.base[rows, labels].log(), seen.base.argmax(1) == labels
                 for name, setting in methods.items():
                     recalled = nearest(seen.recalled, setting.n_neighbors)
                     weights = kernel_named(setting.kernel)(recalled.distances, float(setting.bandwidth))
                     amount = amount_of(setting, seen, recalled, weights)
-                    scores = corrected_probabilities(seen.base, recalled, weights, amount, share=setting.residual_share)
-                    parts[name].append(
-                        TokenScores(
-                            labels.numpy(),
-                            some.documents,
-                            some.offsets,
-                            base_loss.numpy(),
-                            -scores[rows, labels].log().numpy(),
-                            base_hit.numpy(),
-                            likeliest_label(recalled, weights) == labels.numpy(),
-                            (scores.argmax(1) == labels).numpy(),
-                            np.ones(len(some), bool),
-                        )
+                    used = replace(
+                        seen, recalled=recalled, weights=weights, amount=amount, share=setting.residual_share
                     )
+                    parts[name].append(token_scores(some, said, used))
     return {name: TokenScores.joined(scores) for name, scores in parts.items()}
 
 
@@ -185,7 +168,7 @@ def _looked_up(lm: ResMemForCausalLM, text: Iterable[Any], k: int, limit: int) -
             for start in range(0, len(whole), DENSE_ROWS):
                 batch = whole.part(slice(start, start + DENSE_ROWS))
                 snapshot, found = knn.search(batch.keys.numpy(), k)
-                base, labels = batch.logits.softmax(1), snapshot.targets(found.rows)
+                base, labels = batch.logits.float().softmax(1), snapshot.targets(found.rows)
                 first = torch.from_numpy(labels[:, :1].astype(np.int64))
                 cues = {
                     "agrees": labels == labels[:, :1],

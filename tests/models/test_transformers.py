@@ -28,8 +28,9 @@ transformers = pytest.importorskip("transformers", reason="transformers missing:
 
 from transformers import LlamaForCausalLM  # noqa: E402
 
-from residual_memory.models.tokens import ARCHITECTURES, IGNORED, TokenWatch, place_named, top_m_of  # noqa: E402
+from residual_memory.models.tokens import ARCHITECTURES, IGNORED, TokenWatch, place_named  # noqa: E402
 from residual_memory.models.transformers import ResMemForCausalLM, build_memory, tune_language  # noqa: E402
+from residual_memory.models.vocabulary import top_m_of  # noqa: E402
 from tests.models.texts import (  # noqa: E402
     CASES,
     CAUSAL,

@@ -18,7 +18,6 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.models.base import Side, Source
 from residual_memory.models.watching import device_of, evaluating, fingerprint, places_of, watching
-from residual_memory.types import TopM
 from residual_memory.validation import as_count
 
 try:
@@ -44,8 +43,6 @@ RELATIVE_POSITIONS = {"t5", "mt5"}  # read sequences of any length, whatever the
 IGNORED = -100  # a label that counts for nothing, in transformers
 
 LOGIT_BYTES = 128 << 20  # of a batch when none is given
-CACHE_BYTES = 4 << 20  # of logits that a processor's cache holds while they are reduced
-GROUP = 64  # classes whose largest is looked at first when the top m are sought
 
 Items = Iterable[Mapping[str, Any]]
 
@@ -56,7 +53,7 @@ class TokenBatch:
 
     Attributes
     ----------
-    logits : of the prediction, as the model gives them; float32 in a part of a batch.
+    logits : of the prediction, as the model gives them.
     keys : at the place that made the prediction, float32.
     labels : the token that came.
     offsets : its place in the stream.
@@ -80,16 +77,10 @@ class TokenBatch:
         )
 
     def part(self, here: slice) -> "TokenBatch":
-        """A stretch of the tokens, in float32."""
+        """A stretch of the tokens."""
         return TokenBatch(
-            self.logits[here].float(), self.keys[here], self.labels[here], self.offsets[here], self.documents[here]
+            self.logits[here], self.keys[here], self.labels[here], self.offsets[here], self.documents[here]
         )
-
-    def blocks(self) -> Iterator["TokenBatch"]:
-        """Stretches whose logits stay in a processor's cache while they are reduced."""
-        room = CACHE_BYTES if self.logits.device.type == "cpu" else LOGIT_BYTES
-        step = max(1, room // (4 * self.logits.shape[1]))
-        return (self.part(slice(start, start + step)) for start in range(0, len(self), step))
 
 
 @dataclass(frozen=True)
@@ -327,29 +318,6 @@ def place_named(model: PreTrainedModel, name: str) -> str:
     if "{last}" in inside:
         inside = inside.format(last=len(model.get_submodule(f"{block}.layer")) - 1)
     return f"{block}.{inside}"
-
-
-def top_m_of(log_probabilities: Float[Tensor, "b v"], m: int) -> TopM:
-    """The m largest probabilities of each row, found on the device; nothing as wide as the vocabulary leaves it.
-
-    Parameters
-    ----------
-    log_probabilities : [b v].
-    m : how many.
-    """
-    width = log_probabilities.shape[1]
-    if width % GROUP == 0 and width > GROUP * m:
-        # The m largest lie in the m groups whose own largest are the largest.
-        largest = log_probabilities.view(len(log_probabilities), -1, GROUP).amax(2)
-        groups = largest.topk(m, dim=1, sorted=False).indices
-        places = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
-        values, among = log_probabilities.gather(1, places).topk(m, dim=1, sorted=False)
-        indices = places.gather(1, among)
-    else:
-        values, indices = log_probabilities.topk(m, dim=1, sorted=False)
-    probabilities = values.exp().cpu().numpy()
-    rest = np.maximum(1 - probabilities.sum(axis=1, dtype=np.float64), 0).astype(np.float32)
-    return TopM(indices.cpu().numpy().astype(np.int32), probabilities, rest)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

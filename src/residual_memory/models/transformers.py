@@ -14,13 +14,12 @@ from itertools import islice, tee
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
 
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import FewerNeighbors, FingerprintMismatch, InvalidInput, MissingExtra
 from residual_memory.language import (
-    FLOOR,
     HeldOutTokens,
     LanguageSetting,
     LanguageTuning,
@@ -39,6 +38,13 @@ from residual_memory.models.tokens import (
     TokenWatch,
     read_matrix,
     tokenizer_digest,
+)
+from residual_memory.models.vocabulary import (
+    Said,
+    corrected_probabilities,
+    likeliest,
+    likeliest_label,
+    rows_in_cache,
     top_m_of,
 )
 from residual_memory.models.watching import (
@@ -48,7 +54,7 @@ from residual_memory.models.watching import (
     watching,
 )
 from residual_memory.progress import progress_bar
-from residual_memory.sparse import Recalled, SparseResidual, merged, residual_at, sparse_residual
+from residual_memory.sparse import Recalled, merged, residual_at
 from residual_memory.types import Metric, Observations
 from residual_memory.validation import as_count, as_fraction
 
@@ -64,9 +70,7 @@ except ImportError as error:
 
 ROWS_AT_A_TIME = 1024  # tokens that are corrected together, fewer where the lists of their neighbours are long
 LIST_BYTES = 64 << 20  # of those lists
-SMALLEST_BASE = torch.finfo(torch.float32).tiny ** 0.5
 PROJECTION_SAMPLE = 20_000  # keys that principal components are found from
-MANY_TIMES = 1000.0  # the base that is taken away from a row and given back; beyond it single precision is too coarse
 
 Residuals = Literal["top-m", "dense"]
 
@@ -234,8 +238,9 @@ def _fill(
                     "order, so that a build that was interrupted can go on"
                 )
             last = int(batch.offsets[-1]) if len(batch) else last
-            for some in batch.blocks():
-                said = some.logits.log_softmax(1)
+            for start in range(0, len(batch), step := rows_in_cache(batch.logits)):
+                some = batch.part(slice(start, start + step))
+                said = some.logits.float().log_softmax(1)
                 chosen = torch.from_numpy(some.offsets >= done).to(said.device)
                 if known < 1:
                     chosen &= said.gather(1, some.labels[:, None])[:, 0].exp() <= known
@@ -455,14 +460,14 @@ class ResMemForCausalLM(nn.Module):
         """
         changed: Tensor | None = None
         for here in self.blocks(len(logits)):
-            seen = self.seen(logits[here].float(), keys[here])
-            if seen is None or not seen.amount.any():
+            seen = self.seen(logits[here], keys[here])
+            if seen is None:
                 continue
-            rows = torch.from_numpy(np.flatnonzero(seen.amount)).to(logits.device)
-            scores = seen.corrected(rows)
-            changed = _roomy(logits, self.memories) if changed is None else changed
-            places = here.start + seen.rows[rows]
-            changed[places, : scores.shape[1]] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
+            for rows in seen.changed():
+                scores = seen.corrected(rows)
+                changed = _roomy(logits, self.memories) if changed is None else changed
+                places = here.start + seen.rows[rows]
+                changed[places, : scores.shape[1]] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
         return changed
 
     def recall(self, keys: Float[Tensor, "n d"], n_neighbors: int | None = None) -> Recalled:
@@ -484,7 +489,7 @@ class ResMemForCausalLM(nn.Module):
             with watching(self.model, self.watch.layer, self.watch.side) as parts, self.watch.precision():
                 logits = self.model(input_ids=input_ids, **options).logits
                 keys = self.watch.keys(parts, lambda passed: passed[:, -1])
-            seen = self.seen(logits[:, -1].float(), keys, always=True)
+            seen = self.seen(logits[:, -1], keys, always=True)
             assert seen is not None
             return seen.recalled, seen.weights, seen.amount
 
@@ -515,65 +520,36 @@ class ResMemForCausalLM(nn.Module):
 
     def _scored(self, batch: TokenBatch) -> TokenScores:
         with torch.inference_mode():
-            logits, labels = batch.logits, batch.labels[:, None]
-            base_loss = -logits.log_softmax(1).gather(1, labels)[:, 0]
-            loss, best = base_loss.clone(), logits.argmax(1)
-            alone = best.clone()
-            base_best = best.clone()
-            searched = np.zeros(len(batch), bool)
-            seen = self.seen(logits, batch.keys)
-            if seen is not None:
-                searched[seen.rows.cpu().numpy()] = True
-                alone[seen.rows] = torch.from_numpy(seen.memory_only()).to(alone.device)
-                rows = torch.from_numpy(np.flatnonzero(seen.amount)).to(logits.device)
-                if len(rows):
-                    scores, places = seen.corrected(rows), seen.rows[rows]
-                    loss[places] = -scores.gather(1, labels[places])[:, 0].log()
-                    best[places] = scores.argmax(1)
-        base_hit, memory_hit, hit = ((some == batch.labels).cpu().numpy() for some in (base_best, alone, best))
-        return TokenScores(
-            batch.labels.cpu().numpy(),
-            batch.documents,
-            batch.offsets,
-            base_loss.cpu().numpy(),
-            loss.cpu().numpy(),
-            base_hit,
-            memory_hit,
-            hit,
-            searched,
-        )
+            said = Said.of(batch.logits)
+            return token_scores(batch, said, self.seen(batch.logits, batch.keys, said))
 
-    def seen(self, logits: Tensor, keys: Tensor, *, always: bool = False) -> "Seen | None":
+    def seen(self, logits: Tensor, keys: Tensor, said: Said | None = None, *, always: bool = False) -> "Seen | None":
         """What the memory says of some predictions: of those that the base is not sure of, unless `always`."""
-        said = logits.log_softmax(1)
-        log_normaliser = logits.amax(1, keepdim=True) - said.amax(1, keepdim=True)
-        confidence = said.amax(1).exp()
         off = self.setting.gate is None and self.setting.shrinkage == 0
         rows = torch.arange(len(logits), device=logits.device)
-        if not always:
-            if off or not any(len(memory) for memory in self.memories):
+        if not always and (off or not any(len(memory) for memory in self.memories)):
+            return None
+        said = Said.of(logits) if said is None else said
+        if not always and self.setting.search_below < 1:
+            rows = (said.confidence < self.setting.search_below).nonzero()[:, 0]
+            if not len(rows):
                 return None
-            if self.setting.search_below < 1:
-                rows = (confidence < self.setting.search_below).nonzero()[:, 0]
-                if not len(rows):
-                    return None
-                said, log_normaliser, confidence = said[rows], log_normaliser[rows], confidence[rows]
-                keys = keys[rows]
-        base = said.exp()
+            logits, keys, said = logits[rows], keys[rows], said.rows(rows)
         recalled = self.recall(keys)
         weights = self._measure.weights(recalled.distances)
         cues = {
             "agrees": recalled.labels == recalled.labels[:, :1],
-            "confidence": confidence.cpu().numpy(),
-            "entropy": torch.special.entr(base).sum(1).cpu().numpy(),
-            "nearest": probabilities_at(base, recalled.labels[:, :1])[:, 0],
+            "confidence": said.confidence.cpu().numpy(),
+            "entropy": said.entropy.cpu().numpy(),
+            "nearest": said.probabilities_at(logits, recalled.labels[:, :1])[:, 0],
         }
         if self.setting.gate is None:
-            amount = np.full(len(base), self.setting.shrinkage)
+            amount = np.full(len(logits), self.setting.shrinkage)
         else:
             amount = self.setting.gate(gate_features(recalled.distances, weights, **cues))
         amount = np.where(np.isfinite(recalled.distances[:, 0]), amount, 0.0)
-        return Seen(rows, base, log_normaliser, recalled, weights, amount, self.setting.residual_share, cues)
+        share = self.setting.residual_share
+        return Seen(rows, logits, said.log_normaliser, recalled, weights, amount, share, cues)
 
     def _with_loss(self, result: Any, labels: Tensor, options: Mapping[str, Any]) -> Any:
         """A model's output with the loss of its logits, as transformers reckons it."""
@@ -615,7 +591,8 @@ class Seen:
     Attributes
     ----------
     rows : of the logits that were looked at.
-    base, log_normaliser : probabilities, and the log-sum-exp of the logits.
+    logits : of the base, as it gives them.
+    log_normaliser : their log-sum-exp.
     recalled, weights : the neighbours, and what they count.
     amount : the shrinkage; 0 where there is no neighbour.
     share : how much of the neighbours' own predictions counts.
@@ -623,7 +600,7 @@ class Seen:
     """
 
     rows: Int64[Tensor, " r"]
-    base: Float[Tensor, "r v"]
+    logits: Float[Tensor, "r v"]
     log_normaliser: Float[Tensor, "r 1"]
     recalled: Recalled
     weights: Float[ndarray, "r k"]
@@ -631,13 +608,23 @@ class Seen:
     share: float
     cues: dict[str, ndarray]
 
+    @property
+    def base(self) -> Float[Tensor, "r v"]:
+        """The base's probabilities."""
+        return (self.logits.float() - self.log_normaliser).exp()
+
+    def changed(self) -> Iterator[Int64[Tensor, " s"]]:
+        """The rows that a memory contributes to, in stretches whose probabilities stay in a processor's cache."""
+        rows = torch.from_numpy(np.flatnonzero(self.amount)).to(self.logits.device)
+        step = rows_in_cache(self.logits)
+        return (rows[start : start + step] for start in range(0, len(rows), step))
+
     def corrected(self, chosen: Int64[Tensor, " s"]) -> Float[Tensor, "s w"]:
         """Valid distributions of some of the rows."""
         places = chosen.cpu().numpy()
-        everything = len(places) == len(self.amount)
         return corrected_probabilities(
-            self.base if everything else self.base[chosen],
-            self.recalled if everything else self.recalled.of(places),
+            (self.logits[chosen].float() - self.log_normaliser[chosen]).exp(),
+            self.recalled.of(places),
             self.weights[places],
             self.amount[places],
             share=self.share,
@@ -648,68 +635,31 @@ class Seen:
         return likeliest_label(self.recalled, self.weights)
 
 
-def corrected_probabilities(
-    base: Float[Tensor, "r v"],
-    recalled: Recalled,
-    weights: Float[ndarray, "r k"],
-    amount: Float[ndarray, " r"],
-    *,
-    share: float = 1.0,
-) -> Float[Tensor, "r w"]:
-    """Base + shrinkage · residual as a valid distribution: no score falls below a tenth of the base's.
-
-    Parameters
-    ----------
-    base : probabilities.
-    recalled, weights : the neighbours of each row, and what they count.
-    amount : the shrinkage of each row.
-    share : how much of the neighbours' own predictions counts, as in `LanguageSetting`.
-    """
-    residual = sparse_residual(recalled, weights, probabilities_at(base, recalled.indices), share=share)
-    width = max(base.shape[1], int(residual.classes.max(initial=0)) + 1)
-    base = functional.pad(base, (0, width - base.shape[1]))
-    scores = _added(base, residual, amount)
-    scores = torch.maximum(scores, FLOOR * base.clamp_min(SMALLEST_BASE))
-    return scores / scores.sum(1, keepdim=True)
-
-
-def _added(base: Float[Tensor, "r v"], residual: SparseResidual, amount: Float[ndarray, " r"]) -> Float[Tensor, "r v"]:
-    """Base + amount · residual.
-
-    Where many times the base are taken away everywhere and given back at the listed classes, single precision would
-    leave few digits of the difference: those rows are summed in double.
-    """
-    scale, values = amount * residual.scale, amount[:, None] * residual.values
-    classes = torch.from_numpy(residual.classes).to(base.device)
-
-    def summed(base: Tensor, rows: Any) -> Tensor:
-        kept = torch.from_numpy(1 - scale[rows]).to(base)
-        return (base * kept[:, None]).scatter_add_(1, classes[rows], torch.from_numpy(values[rows]).to(base))
-
-    scores = summed(base, slice(None))
-    if len(many := np.flatnonzero(scale > MANY_TIMES)):
-        scores[many] = summed(base[many].double(), many).to(scores)
-    return scores
-
-
-def probabilities_at(base: Float[Tensor, "r v"], classes: Int[ndarray, "r *s"]) -> Float[ndarray, "r *s"]:
-    """The base's probability of some classes of each row; 0 for those beyond its vocabulary."""
-    listed = torch.from_numpy(classes.astype(np.int64)).to(base.device)
-    inside = listed.clamp_max(base.shape[1] - 1)
-    found = base.gather(1, inside.flatten(1)).view(listed.shape)
-    return torch.where(listed == inside, found, 0.0).cpu().numpy()
-
-
-def likeliest_label(recalled: Recalled, weights: Float[ndarray, "r k"]) -> Int64[ndarray, " r"]:
-    """The token that the neighbours' labels alone give the most weight."""
-    order = np.argsort(recalled.labels, axis=1, kind="stable")
-    labels = np.take_along_axis(recalled.labels, order, 1)
-    sums = np.cumsum(np.take_along_axis(weights, order, 1), axis=1)
-    last = np.concatenate([labels[:, 1:] != labels[:, :-1], np.ones((len(labels), 1), bool)], axis=1)
-    ends = np.where(last, sums, -np.inf)
-    before = np.maximum.accumulate(np.where(last, sums, 0.0), axis=1)
-    votes = ends - np.concatenate([np.zeros((len(labels), 1)), before[:, :-1]], axis=1)
-    return labels[np.arange(len(labels)), votes.argmax(axis=1)].astype(np.int64)
+def token_scores(batch: TokenBatch, said: Said, seen: Seen | None) -> TokenScores:
+    """Base, memory-only and corrected on every token of a batch; where the memory was not asked, all are the base."""
+    labels = batch.labels[:, None]
+    base_loss = said.log_normaliser[:, 0] - batch.logits.gather(1, labels)[:, 0].float()
+    loss, best, alone = base_loss.clone(), said.best.clone(), said.best.clone()
+    searched = torch.zeros(len(batch), dtype=torch.bool)
+    if seen is not None:
+        searched[seen.rows.cpu()] = True
+        alone[seen.rows] = torch.from_numpy(seen.memory_only()).to(alone.device)
+        for rows in seen.changed():
+            scores, places = seen.corrected(rows), seen.rows[rows]
+            loss[places] = -scores.gather(1, labels[places])[:, 0].log()
+            best[places] = likeliest(scores)
+    base_hit, memory_hit, hit = ((some == batch.labels).cpu().numpy() for some in (said.best, alone, best))
+    return TokenScores(
+        batch.labels.cpu().numpy(),
+        batch.documents,
+        batch.offsets,
+        base_loss.cpu().numpy(),
+        loss.cpu().numpy(),
+        base_hit,
+        memory_hit,
+        hit,
+        searched.numpy(),
+    )
 
 
 class ResMemLogitsProcessor(LogitsProcessor):
@@ -810,11 +760,12 @@ def held_out_tokens(
 
 def _held_out(lm: ResMemForCausalLM, batch: TokenBatch) -> HeldOutTokens:
     with torch.inference_mode():
-        seen = lm.seen(batch.logits, batch.keys, always=True)
+        said = Said.of(batch.logits)
+        seen = lm.seen(batch.logits, batch.keys, said, always=True)
         assert seen is not None
-        recalled, labels = seen.recalled, batch.labels[:, None]
-        probability = seen.base.gather(1, labels)[:, 0].cpu().numpy()
-        at = probabilities_at(seen.base, recalled.indices)
+        recalled = seen.recalled
+        probability = said.probabilities_at(batch.logits, batch.labels[:, None].cpu().numpy())[:, 0]
+        at = said.probabilities_at(batch.logits, recalled.indices)
         hit, residual = residual_at(recalled, at, batch.labels.cpu().numpy(), probability)
         return HeldOutTokens(
             recalled.distances, hit, residual, probability=probability, documents=batch.documents, **seen.cues
