@@ -15,22 +15,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 import residual_memory as rm
 from benchmarks.core import Row, in_turns, row_of
-from experiments.language.corpus import Tokens, tokens_of
-from experiments.language.measuring import chosen_methods
+from experiments.language.corpus import tokens_of
 from experiments.language.model import T5DecoderLM, decoder_config
 from experiments.language.table import FULL, Recipe, windows
 from experiments.results_file import ResultFile, stamped
+from residual_memory.language import LanguageSetting
 from residual_memory.memory import Memory
+from residual_memory.models.transformers import tune_language
 
 RESULTS = Path(__file__).parent / "results" / "language.json"
 BUILT, SCORED = 40_000, 10_240  # tokens
 PEAKS = (250_000, 1_000_000)
-SPECS = ("nprobe=16&k_factor=8", "nprobe=4&k_factor=2")
-SEARCHED = (1.0, 0.3)  # the base's confidence below which the memory is searched
+SCORED_K = 16
+SPECS = ("nprobe=16&k_factor=8", "nprobe=8&k_factor=2", "nprobe=4&k_factor=1")
+SEARCHED = (1.0, 0.5)  # the base's confidence below which the memory is searched
 
 
 def run() -> None:
@@ -91,36 +92,21 @@ def peaks() -> list[Row]:
     return [*rows, bytes_ | {"unit": "bytes"}]
 
 
-def base_scores(model: T5DecoderLM, text: Tokens) -> tuple[float, float]:
-    """Accuracy and log-loss of the bare model on the beginning of a text."""
-    hits, loss = 0, 0.0
-    items = torch.from_numpy(text.first(SCORED + 1).windows())
-    with torch.inference_mode():
-        for some in torch.split(items, 16):
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(some[:, :-1], use_cache=False).logits
-            flat, labels = logits.flatten(0, 1).float(), some[:, 1:].flatten()
-            loss += float(functional.cross_entropy(flat, labels, reduction="sum"))
-            hits += int((flat.argmax(1) == labels).sum())
-    return hits / SCORED, loss / SCORED
-
-
 def scoring() -> list[Row]:
     """Accuracy and log-loss of a text with the memory over the same without, and the gain that remains."""
     recipe = Recipe(FULL, ResultFile("language", "", "", folder=Path(tempfile.mkdtemp())))
     model, memory = network(), recipe.base_memory()
     text = recipe.test
     code = "faiss:IVF2048,PQ32x4fs"
-    tuned = rm.ResMemForCausalLM(model, memory, autocast=torch.bfloat16, index=f"{code}?{SPECS[0]}")
-    chosen = chosen_methods(tuned, windows(recipe.held_out), n_neighbors=(64,), limit=10_000)["resmem"]
     rows = []
     for spec in SPECS:
-        lm = rm.ResMemForCausalLM(model, memory, setting=chosen, autocast=torch.bfloat16, index=f"{code}?{spec}")
+        lm = rm.ResMemForCausalLM(model, memory, autocast=torch.bfloat16, index=f"{code}?{spec}")
+        chosen = tune_language(lm, windows(recipe.held_out), n_neighbors=(SCORED_K,), limit=10_000).best
+        bare = partial(lm.with_setting(LanguageSetting(shrinkage=0.0)).score, windows(text), limit=SCORED)
         for below in SEARCHED:
-            some = lm.with_setting(replace(chosen, search_below=below))
-            found = some.score(windows(text), limit=SCORED)
-            ours = partial(some.score, windows(text), limit=SCORED)
-            times = in_turns(ours, partial(base_scores, model, text), turns=2)
+            ours = partial(lm.with_setting(replace(chosen, search_below=below)).score, windows(text), limit=SCORED)
+            found, times = ours().summary(), in_turns(ours, bare)
             row = row_of(f"scoring {SCORED:,} tokens, {spec}, searched below {below:g}", "bare model", 2.0, *times)
-            rows.append(row | found.summary() | {"tokens_per_second_ratio": times[1] / times[0], "rows": len(memory)})
+            more = {"tokens_per_second_ratio": times[1] / times[0], "rows": len(memory), "n_neighbors": SCORED_K}
+            rows.append(row | found | more)
     return rows
