@@ -8,7 +8,6 @@ for them.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from experiments.checkpoint import Checkpoint
 from experiments.cifar100.networks import weights_file
 from experiments.cifar100.samples import SAMPLES
 from residual_memory.demo.cifar100 import find_cifar100, read_cifar100, user_cache
@@ -48,13 +48,8 @@ def train(
     network = channels_last(network.to(device))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=n_steps, pct_start=0.2)
-    done = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        done = state["steps"]
+    kept = Checkpoint(checkpoint, network, optimizer, schedule)
+    done = kept.resume()
     while done < n_steps:
         started, total = time.perf_counter(), 0.0
         generator = torch.Generator().manual_seed(seed * 10_000 + done // ROUND)
@@ -73,14 +68,7 @@ def train(
             schedule.step()
             total += loss.item()
         done += steps
-        state = {
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "steps": done,
-        }
-        torch.save(state, checkpoint.with_suffix(".part"))
-        os.replace(checkpoint.with_suffix(".part"), checkpoint)
+        kept.save(done)
         seconds = time.perf_counter() - started
         print(f"step {done:6}/{n_steps}  loss {total / steps:.4f}  {seconds:.0f} s", flush=True)
     return network.eval()

@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.nn import functional
 
+from experiments.checkpoint import Checkpoint
 from experiments.language.corpus import tokens_of
 from experiments.language.model import SHAPES, T5DecoderLM, decoder_config
 from residual_memory.demo.cifar100 import user_cache
@@ -99,13 +100,8 @@ def train(training: Training, *, seed: int = 0) -> None:
     )
     checkpoint = training.weights(training.epochs).with_suffix(".pt")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    done = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        done = state["steps"]
+    kept = Checkpoint(checkpoint, network, optimizer, schedule)
+    done = kept.resume()
 
     def loss_of(tokens: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
@@ -128,14 +124,7 @@ def train(training: Training, *, seed: int = 0) -> None:
         total += loss.item()
         finished = step + 1
         if finished % ROUND == 0 or finished == n_steps:
-            state = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "steps": finished,
-            }
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            kept.save(finished)
             seconds, passed = time.perf_counter() - started, (finished - 1) % ROUND + 1
             print(f"step {finished:6}/{n_steps}  loss {total / passed:.4f}  {seconds:.0f} s", flush=True)
             started, total = time.perf_counter(), 0.0
