@@ -355,3 +355,22 @@ def test_a_build_holds_a_part_of_the_source_alone(tmp_path: Path, form: str) -> 
     found = json.loads(ran.stderr.splitlines()[-1])
     assert found["code"] == 0
     assert found["peak"] < 225e6
+
+
+def test_an_index_is_kept_with_the_memory_until_it_is_compacted(memory: Path) -> None:
+    ran = done("index", memory, "--index", "faiss:IVF8,Flat?nprobe=4")
+    assert ran.out == "saved faiss IVF8,Flat, 400 rows\n"
+    with rm.Memory.open(memory) as opened:
+        (part,) = opened.saved_parts(opened.snapshot)
+        assert part.n_rows == 400
+    done("evaluate", memory, "--data", "held.npz", "--index", "faiss:IVF8,Flat")
+    done("forget", memory, "4")
+    done("compact", memory)
+    with rm.Memory.open(memory) as opened:
+        assert opened.saved_parts(opened.snapshot) == []
+
+
+def test_exact_search_leaves_nothing_to_save(memory: Path) -> None:
+    ran = resmem("index", memory, "--index", "exact")
+    assert ran.code == 2
+    assert "there is nothing to save of exact" in ran.err

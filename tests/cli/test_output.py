@@ -23,6 +23,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("add", "mem", "--data", "held.npz"),
     ("forget", "mem", "4"),
     ("compact", "mem"),
+    ("index", "mem", "--index", "faiss:IVF4,Flat"),
     ("verify", "mem"),
     ("info", "mem"),
     ("estimate", "--rows", "1000", "--dim", "8", "--outputs", "4"),

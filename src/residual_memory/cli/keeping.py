@@ -1,4 +1,4 @@
-"""`resmem forget`, `compact`, `verify` and `info`: looking after a memory."""
+"""`resmem forget`, `compact`, `index`, `verify` and `info`: looking after a memory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from residual_memory.cli.options import Json, MemoryPath, lines_of, open_memory, similar
+from residual_memory.cli.options import Index, Json, MemoryPath, check_index, lines_of, open_memory, similar
 from residual_memory.cli.output import facts, report, shown, size_text, table
+from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, MemoryNotFound
 from residual_memory.memory import Memory, Problem
 from residual_memory.memory.memory import verify as verify_memory
@@ -61,6 +62,22 @@ def compact(path: MemoryPath, as_json: Json = False) -> None:
             },
             f"erased {erased:,} rows; {path} holds {len(memory):,}",
             f"{size_text(before)} before, {size_text(memory.n_bytes)} now",
+            as_json=as_json,
+        )
+
+
+def index(path: MemoryPath, spec: Index = "auto", as_json: Json = False) -> None:
+    """Build a search index and keep it with the memory: whoever opens it with the same engine need not build it again.
+
+    `resmem compact` takes it away.
+    """
+    with open_memory(path, writable=True) as memory:
+        check_index(spec, memory.layout.dim)
+        knn = ResidualKNN(memory, n_neighbors=1, bandwidth=1.0, index=spec)
+        knn.save_index()
+        report(
+            {"memory": path, "index": knn.description, "rows": len(memory), "version": memory.version},
+            f"saved {knn.description}, {len(memory):,} rows",
             as_json=as_json,
         )
 

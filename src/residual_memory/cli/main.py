@@ -83,7 +83,7 @@ _PANELS = {
     "Start": (demo.demo,),
     "Make and measure": (building.build, measuring.tune, measuring.evaluate),
     "Use": (asking.predict, asking.explain),
-    "Keep": (building.add, keeping.forget, keeping.compact, keeping.verify, keeping.info),
+    "Keep": (building.add, keeping.forget, keeping.compact, keeping.index, keeping.verify, keeping.info),
     "Plan": (measuring.estimate, measuring.bench),
 }
 for _panel, _commands in _PANELS.items():
