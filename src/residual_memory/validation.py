@@ -16,6 +16,7 @@ from residual_memory.errors import DimensionMismatch, InvalidInput
 from residual_memory.types import Metric, Task, TopM
 
 LARGEST_VALUE = 1e15  # its square times any width still fits float32, so no distance overflows
+HALF_MAGNITUDE, HALF_INFINITY = np.uint16(0x7FFF), 0x7C00  # bits of a half without its sign; those of infinity
 SUM_TOLERANCE = 2e-3  # of probabilities kept in half precision
 
 
@@ -223,6 +224,8 @@ def _as_floats(name: str, values: ArrayLike) -> Float[ndarray, "..."]:
         raise InvalidInput(f"{name} are {array.dtype}, expected floating numbers")
     if not array.size:
         return array
+    if array.dtype == np.float16 and (array.view(np.uint16) & HALF_MAGNITUDE).max() < HALF_INFINITY:
+        return array  # numpy compares halves one by one, their bits many at a time; no finite one is too large
     low, high = array.min(), array.max()
     if not np.isfinite(low) or not np.isfinite(high):
         bad = ~np.isfinite(array)

@@ -709,7 +709,7 @@ def _stored(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:
     """A copy in the stored type; a value that does not fit it is refused, not turned into infinity."""
     with np.errstate(over="ignore"):
         stored = np.array(values, dtype)
-    if dtype == np.float16 and not np.isfinite(stored).all():
+    if dtype == np.float16 != values.dtype and not np.isfinite(stored).all():
         raise InvalidInput(
             f"{name} hold values up to {np.abs(values).max():.4g}, above what float16 holds; store float32"
         )
