@@ -575,6 +575,29 @@ def test_prompts_padded_on_the_left_go_on_as_they_do_alone(name: str, with_cache
         assert row[: len(one)].tolist() == one.tolist()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_places_that_are_padding_are_not_searched(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, prompts = lm_of("llama"), texts(3, seed=7, longest=6)
+    width = max(map(len, prompts))
+    around = [((width - len(p), 0) if side == "left" else (0, width - len(p))) for p in prompts]
+    ids = torch.tensor([np.pad(prompt, some).tolist() for prompt, some in zip(prompts, around, strict=True)])
+    mask = torch.tensor([np.pad(np.ones(len(p), int), some).tolist() for p, some in zip(prompts, around, strict=True)])
+    searched: list[int] = []
+    recall = lm.recall
+
+    def counted(keys: Tensor) -> Any:
+        searched.append(len(keys))
+        return recall(keys)
+
+    monkeypatch.setattr(lm, "recall", counted)
+    logits = lm(ids, attention_mask=mask).logits
+    assert sum(searched) == sum(map(len, prompts)) < ids.numel()
+    bare = lm.model(ids, attention_mask=mask).logits
+    assert torch.equal(logits[mask == 0], bare[mask == 0])
+    alone = torch.cat([lm(torch.tensor([prompt])).logits[0] for prompt in prompts])
+    torch.testing.assert_close(logits[mask == 1], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_a_target_is_generated_step_by_step() -> None:
     lm = lm_of("t5")
     for source in texts(3, seed=7):

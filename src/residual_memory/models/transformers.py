@@ -14,7 +14,7 @@ from itertools import islice, tee
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from numpy import ndarray
 
 from residual_memory.correction import ResidualKNN
@@ -420,7 +420,7 @@ class ResMemForCausalLM(nn.Module):
 
             with torch.inference_mode(), torch.autocast(logits.device.type, enabled=False):
                 keys = self.watch.keys(parts, vectors)
-                corrected = self.correct(logits.detach().flatten(0, 1), keys)
+                corrected = self._corrected_where(self._present(options, kept), logits.detach().flatten(0, 1), keys)
             if corrected is None:
                 return result
             result = _with_logits(result, corrected.view(b, kept, -1), options)
@@ -434,6 +434,24 @@ class ResMemForCausalLM(nn.Module):
                     yield self.model
             finally:
                 handle.remove()
+
+    def _present(self, options: Mapping[str, Any], kept: int) -> Bool[Tensor, " n"] | None:
+        """Which of the last places hold tokens and no padding; None where all do, or no mask says."""
+        mask = options.get("decoder_attention_mask" if self.watch.decodes else "attention_mask")
+        if mask is None or mask.ndim != 2 or isinstance(options.get("logits_to_keep"), Tensor):
+            return None
+        present = mask[:, mask.shape[1] - kept :].flatten() > 0
+        return None if present.all() else present
+
+    def _corrected_where(
+        self, present: Bool[Tensor, " n"] | None, logits: Float[Tensor, "n v"], keys: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "n w"] | None:
+        """As `correct`, without a search for places that are padding."""
+        if present is None:
+            return self.correct(logits, keys)
+        rows = present.nonzero()[:, 0]
+        corrected = self.correct(logits[rows], keys[rows])
+        return None if corrected is None else _roomy(logits, self.memories).index_copy_(0, rows, corrected)
 
     def logits_processor(self) -> "ResMemLogitsProcessor":
         """A processor for `model.generate(logits_processor=[…])`, paired with its hook: use it in a `with` block."""
