@@ -35,6 +35,7 @@ check: $(READY)
 
 bench: $(READY) data
 	$(BIN)/python -m benchmarks core
+	$(BIN)/python -m benchmarks language
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
