@@ -22,6 +22,7 @@ from residual_memory.models.transformers import ResMemForCausalLM
 
 BEFORE = 24  # tokens of context that are shown
 SHOWN, MEMORIES = 16, 3
+SOURCES = {"enwiki": "Wikipedia, CC BY-SA", "c4": "C4, ODC-BY"}
 LEAST_SHARE = 0.5  # of the weight that agrees with the right token
 
 
@@ -95,7 +96,7 @@ def changed(
         return examples
 
 
-def page(examples: list[Example], title: str) -> str:
+def page(examples: list[Example], title: str, source: str) -> str:
     """A page that needs nothing else: every example with its memories."""
     parts = []
     for example in examples:
@@ -109,7 +110,7 @@ def page(examples: list[Example], title: str) -> str:
             f"<i>(base:{html.escape(example.said)}; {example.before:.0%} → {example.after:.0%})</i></p>"
             f"<ul>{memories}</ul></section>"
         )
-    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+    return PAGE.format(title=html.escape(title), source=html.escape(source), body="\n".join(parts))
 
 
 PAGE = """<!doctype html>
@@ -119,9 +120,12 @@ body {{ font: 16px/1.5 Georgia, serif; max-width: 46rem; margin: 2rem auto; padd
 h1 {{ font-size: 1.4rem }} section {{ border-top: 1px solid #ddd; padding: .6rem 0 }} p {{ margin: .2rem 0 }}
 b {{ color: #0a6b3d }} i {{ color: #9a3412; font-style: normal; white-space: nowrap }}
 ul {{ margin: .2rem 0; padding-left: 1rem; list-style: none; color: #555; font-size: .88rem }}
-span {{ display: inline-block; width: 3em; color: #888 }}
+span {{ display: inline-block; width: 3em; color: #888 }} small {{ color: #666 }}
 </style>
 <h1>{title}</h1>
+<p><small>Green is the word that came and that the memory put right. In brackets: what the base had said, and the
+probability of the right word before and after. Below, the three places of the training text that moved the prediction
+most, with their weights. Excerpts from {source}.</small></p>
 {body}
 </html>
 """
@@ -145,7 +149,9 @@ def run(*, quick: bool, fresh: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {**head, "found": len(found), "rows": [asdict(example) for example in different]}
     (folder / "language-words.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    Path(folder / "language-words.html").write_text(page(different, "Words that the memory put right"))
+    Path(folder / "language-words.html").write_text(
+        page(different, "Words that the memory put right", SOURCES[plan.base.corpus])
+    )
     print(f"{len(found):,} words put right where the memories agree; {len(different)} of them in language-words.html")
 
 

@@ -111,7 +111,7 @@ def test_training_goes_on_from_its_checkpoint_and_keeps_the_weights_of_each_doub
 
 def test_a_page_of_words_escapes_what_the_text_says() -> None:
     example = words.Example("a <b>", " <i>", " rose", 0.1, 0.6, 0.8, (words.Memorized("x & y", " rose", 0.5),))
-    shown = words.page([example], "T")
+    shown = words.page([example], "T", "Wikipedia, CC BY-SA")
     assert "a &lt;b&gt;" in shown
     assert "x &amp; y" in shown
     assert "10% → 60%" in shown
