@@ -35,6 +35,7 @@ from residual_memory.language import TokenScores
 from residual_memory.memory import Memory
 from residual_memory.models.transformers import ResMemForCausalLM, held_out_tokens
 
+ALIKE = "resmem-whole-constant"  # the method by which memories of different rows are compared: the paper's, no gate
 ID_BYTES = 8  # of a row in faiss's inverted lists
 EXACT_UP_TO = 500_000  # rows
 
@@ -48,6 +49,7 @@ class Plan:
     base, larger, epochs : trained networks; a memory holds tokens that its base was trained on.
     held_out : split and number of tokens that settings are chosen by.
     test : tokens that figures are measured on.
+    larger_rows : of the larger base's memory, the first of the text.
     sizes : smaller memories of the base.
     n_neighbors : values of k to choose from.
     single : values of k to measure one by one.
@@ -58,6 +60,7 @@ class Plan:
 
     base: Training
     larger: Training | None
+    larger_rows: int
     epochs: Training | None
     held_out: tuple[str, int]
     test: int
@@ -74,6 +77,7 @@ class Plan:
 FULL = Plan(
     base=Training(),
     larger=Training(shape="twice", tokens=5_000_000),
+    larger_rows=3_000_000,
     epochs=Training(tokens=1_000_000, epochs=8),
     held_out=("valid", 20_000),
     test=40_000,
@@ -88,6 +92,7 @@ FULL = Plan(
 QUICK = Plan(
     base=Training("micro", 1_024, "c4", "valid", 20_000),
     larger=None,
+    larger_rows=0,
     epochs=None,
     held_out=("train", 3_000),
     test=2_000,
@@ -278,11 +283,12 @@ class Recipe:
         return built(base.load(), self.train, base.weights().stem)
 
     def larger(self) -> None:
-        """A larger base, with the tokens that it was trained on."""
+        """A larger base, with tokens that it was trained on."""
         if (other := self.plan.larger) is None:
             return
-        memory = built(other.load(), self.train.first(other.tokens), other.weights().stem)
-        self.compare(f"{other.shape}, {_short(other.tokens)} in memory", with_memory(other.load(), memory))
+        rows = self.plan.larger_rows
+        memory = built(other.load(), self.train.first(rows + 1), f"{other.weights().stem}-{rows}")
+        self.compare(f"{other.shape}, {_short(rows)} in memory", with_memory(other.load(), memory))
         memory.close()
 
     def epochs(self) -> None:
@@ -317,9 +323,9 @@ class Recipe:
             setting = f"{name}, top 8, keep {keep:g}"
             self.sized(setting, network, memory, "exact", ks=(k,), n_test=n_test, kept_fraction=part)
         self.dense(f"{name}, dense", with_memory(network, whole, "exact"), k, n_test)
-        gain = next(row["log_loss_gain"] for row in self.file.rows if row["setting"] == f"{name}, dense, resmem")
+        gain = next(row["log_loss_gain"] for row in self.file.rows if row["setting"] == f"{name}, dense, {ALIKE}")
         for row in self.file.rows:
-            if row["setting"].startswith(f"{name}, top") and row["method"] == "resmem":
+            if row["setting"].startswith(f"{name}, top") and row["method"] == ALIKE:
                 self.file.change(row["setting"], 0, share_of_dense_gain=row["log_loss_gain"] / gain)
         whole.close()
 
@@ -334,14 +340,14 @@ class Recipe:
 
     def dense(self, setting: str, lm: ResMemForCausalLM, k: int, n_test: int) -> None:
         """The row of a memory of whole predictions, searched exactly."""
-        if self.file.holds(f"{setting}, resmem", 0):
+        if self.file.holds(f"{setting}, {ALIKE}", 0):
             return
         tokens = dense_tokens(lm, windows(self.held_out), k, limit=self.plan.held_out[1])
-        method = methods_of(tokens, (k,))["resmem"]
+        method = methods_of(tokens, (k,))[ALIKE]
         scores = dense_scores(lm, windows(self.test), method, limit=n_test)
-        row = rows_of({"resmem": scores}, {"resmem": method}, self.counts, rows=len(lm.memories[0]), index="exact")
+        row = rows_of({ALIKE: scores}, {ALIKE: method}, self.counts, rows=len(lm.memories[0]), index="exact")
         layout = lm.memories[0].layout
-        self.file.row(f"{setting}, resmem", 0, lambda: row["resmem"] | {"bytes_per_token": 2 + 2 * layout.n_outputs})
+        self.file.row(f"{setting}, {ALIKE}", 0, lambda: row[ALIKE] | {"bytes_per_token": 2 + 2 * layout.n_outputs})
 
 
 def _label_probabilities(dense: Memory) -> Float[ndarray, " n"]:
