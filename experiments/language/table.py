@@ -7,8 +7,9 @@ Networks are trained first (experiments/runs/language.sh); memories are built in
 
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -309,19 +310,21 @@ class Recipe:
         name, k = f"{base.shape}, {_short(n)} in memory", min(64, max(self.plan.n_neighbors))
         network = base.load()
         whole = built(network, self.train.first(n + 1), f"{base.weights().stem}-dense-{n}", residuals="dense")
-        eight = some_rows(whole, np.arange(len(whole)), 8)
+        everything = np.arange(len(whole))
+        top = cache(lambda m: some_rows(whole, everything, m))
         for m in self.plan.listed:
-            memory = eight if m == 8 else some_rows(whole, np.arange(len(whole)), m)
-            self.sized(f"{name}, top {m}", network, memory, "exact", ks=(k,), n_test=n_test)
+            self.sized(f"{name}, top {m}", network, partial(top, m), "exact", ks=(k,), n_test=n_test)
         for code in self.plan.codes:
             spec = f"faiss:IVF{max(4, int(n**0.5)) // 4 * 4},PQ{code}x4fs?nprobe=32&k_factor=8"
-            self.sized(f"{name}, top 8, PQ{code}x4fs", network, eight, spec, code=code / 2, ks=(k,), n_test=n_test)
-        told = _label_probabilities(whole)
+            self.sized(
+                f"{name}, top 8, PQ{code}x4fs", network, partial(top, 8), spec, code=code / 2, ks=(k,), n_test=n_test
+            )
         for keep in self.plan.kept:
-            rows = np.flatnonzero(told <= keep)
-            memory, part = some_rows(whole, rows, 8), len(rows) / len(whole)
             setting = f"{name}, top 8, keep {keep:g}"
-            self.sized(setting, network, memory, "exact", ks=(k,), n_test=n_test, kept_fraction=part)
+            if not self.file.holds(f"{setting}, resmem", 0):
+                rows = np.flatnonzero(_label_probabilities(whole) <= keep)
+                memory, part = partial(some_rows, whole, rows, 8), len(rows) / len(whole)
+                self.sized(setting, network, memory, "exact", ks=(k,), n_test=n_test, kept_fraction=part)
         self.dense(f"{name}, dense", with_memory(network, whole, "exact"), k, n_test)
         gain = next(row["log_loss_gain"] for row in self.file.rows if row["setting"] == f"{name}, dense, {ALIKE}")
         for row in self.file.rows:
@@ -330,9 +333,19 @@ class Recipe:
         whole.close()
 
     def sized(
-        self, setting: str, network: T5DecoderLM, memory: Memory, index: str, *, code: float = 0, **more: Any
+        self,
+        setting: str,
+        network: T5DecoderLM,
+        made: Callable[[], Memory],
+        index: str,
+        *,
+        code: float = 0,
+        **more: Any,
     ) -> None:
         """Rows that say what a token costs in RAM: its code and id in an inverted list, its label and prediction."""
+        if self.file.holds(f"{setting}, resmem", 0):
+            return
+        memory = made()
         layout = memory.layout
         row_bytes = layout.bytes_per_row(memory.snapshot.manifest.top_m) - 8 - 2 * layout.dim  # id and key are on disk
         resident = row_bytes + (code + ID_BYTES if code else 0)
