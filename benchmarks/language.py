@@ -20,7 +20,7 @@ import residual_memory as rm
 from benchmarks.core import Row, in_turns, row_of
 from experiments.language.corpus import tokens_of
 from experiments.language.model import T5DecoderLM, decoder_config
-from experiments.language.table import FULL, Recipe, windows
+from experiments.language.table import FULL, Recipe, memory_path, windows
 from experiments.results_file import ResultFile, stamped
 from residual_memory.language import LanguageSetting
 from residual_memory.memory import Memory
@@ -37,8 +37,10 @@ SEARCHED = (1.0, 0.5)  # the base's confidence below which the memory is searche
 def run() -> None:
     """Measure everything, write the result file and print it."""
     rows = [building(), *peaks()]
-    if FULL.base.weights().exists():
+    if FULL.base.weights().exists() and memory_path(FULL.base.weights().stem).exists():
         rows += scoring()
+    else:
+        print("scoring is left out: experiments/runs/language.sh makes the network and the memory that it needs")
     RESULTS.parent.mkdir(exist_ok=True)
     head = stamped("language", "python -m benchmarks language", "enwiki text, decoder-only T5 with 6.3 M parameters")
     RESULTS.write_text(json.dumps({**head, "rows": rows}, indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from residual_memory.cli.output import plain
+
 RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
@@ -58,7 +60,10 @@ class ResultFile:
             figures = [
                 f"{100 * row[name]:.2f}" if name in row else "–" for name in ("base", "memory_only", "corrected")
             ]
-            interval = f"{100 * row['gain']:+.2f} [{100 * row['gain_low']:+.2f}, {100 * row['gain_high']:+.2f}]"
+            gain, low, high = (
+                "–" if row[name] is None else f"{100 * row[name]:+.2f}" for name in ("gain", "gain_low", "gain_high")
+            )
+            interval = f"{gain} [{low}, {high}]"
             lines.append(
                 f"{row['setting']:<44}{row['seed']:>5}{figures[0]:>8}{figures[1]:>8}{figures[2]:>10}{interval:>24}"
             )
@@ -66,7 +71,7 @@ class ResultFile:
 
     def _write(self) -> None:
         head = stamped(self._name, self._command, self._data)
-        content = json.dumps({**head, "rows": self.rows}, indent=1, ensure_ascii=False)
+        content = json.dumps(plain({**head, "rows": self.rows}), indent=1, ensure_ascii=False, allow_nan=False)
         part = self.path.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(content + "\n")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy import ndarray
 
 from experiments.results_file import Row
@@ -17,7 +16,6 @@ from residual_memory.language import (
     HeldOutTokens,
     LanguageSetting,
     TokenScores,
-    gate_features,
     tune_tokens,
 )
 from residual_memory.memory import Snapshot
@@ -27,8 +25,6 @@ from residual_memory.models.vocabulary import Said
 from residual_memory.sparse import Recalled
 
 DENSE_ROWS = 256  # tokens that are looked up together in a memory of whole predictions
-
-
 PAPER, KNN_LM = (1.0,), (0.0,)  # residual shares of the two published methods
 
 
@@ -60,14 +56,15 @@ def methods_of(tokens: HeldOutTokens, n_neighbors: tuple[int, ...]) -> dict[str,
     }
 
 
-def amount_of(
-    setting: LanguageSetting, seen: Seen, recalled: Recalled, weights: Float[ndarray, "q k"]
-) -> Float[ndarray, " q"]:
-    """The shrinkage of each token."""
-    if setting.gate is None:
-        return np.full(len(weights), setting.shrinkage)
-    cues = {**seen.cues, "agrees": seen.cues["agrees"][:, : weights.shape[1]]}
-    return setting.gate(gate_features(recalled.distances, weights, **cues))
+def used(seen: Seen, setting: LanguageSetting) -> Seen:
+    """What was found by one search, used in another way: by fewer neighbours, another kernel, another trust."""
+    k = setting.n_neighbors
+    recalled = Recalled(**{name: getattr(seen.recalled, name)[:, :k] for name in Recalled.__dataclass_fields__})
+    weights = kernel_named(setting.kernel)(recalled.distances, float(setting.bandwidth))
+    cues = {**seen.cues, "agrees": seen.cues["agrees"][:, :k]}
+    amount = setting.amount(recalled.distances, weights, cues)
+    share = setting.residual_share
+    return replace(seen, recalled=recalled, weights=weights, amount=amount, share=share, cues=cues)
 
 
 def measured(
@@ -85,13 +82,7 @@ def measured(
                 seen = lm.seen(some.logits, some.keys, said, always=True)
                 assert seen is not None
                 for name, setting in methods.items():
-                    recalled = nearest(seen.recalled, setting.n_neighbors)
-                    weights = kernel_named(setting.kernel)(recalled.distances, float(setting.bandwidth))
-                    amount = amount_of(setting, seen, recalled, weights)
-                    used = replace(
-                        seen, recalled=recalled, weights=weights, amount=amount, share=setting.residual_share
-                    )
-                    parts[name].append(token_scores(some, said, used))
+                    parts[name].append(token_scores(some, said, used(seen, setting)))
     return {name: TokenScores.joined(scores) for name, scores in parts.items()}
 
 
@@ -123,9 +114,7 @@ def dense_scores(lm: ResMemForCausalLM, text: Iterable[Any], setting: LanguageSe
     for looked in _looked_up(lm, text, setting.n_neighbors, limit):
         labels, base = looked.batch.labels.numpy(), looked.base.numpy()
         weights = kernel_named(setting.kernel)(looked.distances, float(setting.bandwidth))
-        gate = setting.gate
-        features = gate_features(looked.distances, weights, **looked.cues)
-        amount = np.full(len(labels), setting.shrinkage) if gate is None else gate(features)
+        amount = setting.amount(looked.distances, weights, looked.cues)
         recalled = label_average(looked.snapshot, looked.rows, weights[:, None, :])[:, 0]
         share, taken = setting.residual_share, base * weights.sum(axis=1, keepdims=True)
         residual = share * residual_average(looked.snapshot, looked.rows, weights, 1.0)
@@ -179,12 +168,6 @@ def _looked_up(lm: ResMemForCausalLM, text: Iterable[Any], k: int, limit: int) -
                 yield _LookedUp(batch, base, snapshot, found.rows, found.distances, labels, cues)
 
 
-def nearest(recalled: Recalled, k: int) -> Recalled:
-    """The k nearest of the neighbours."""
-    columns = {name: getattr(recalled, name)[:, :k] for name in Recalled.__dataclass_fields__}
-    return Recalled(**columns)
-
-
 def rows_of(
     scores: Mapping[str, TokenScores], methods: Mapping[str, LanguageSetting], counts: ndarray | None, **more: Any
 ) -> dict[str, Row]:
@@ -205,6 +188,6 @@ def rows_of(
             "residual_share": setting.residual_share,
             **more,
         }
-        if counts is not None:
+        if counts is not None and name == "resmem":
             rows[name]["by_frequency"] = some.by_frequency(counts)
     return rows

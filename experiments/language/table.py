@@ -121,9 +121,14 @@ def windows(tokens: Tokens) -> rm.Windows:
     return rm.Windows(np.split(tokens.numbers.astype(np.int64), tokens.starts[1:]), WINDOW)
 
 
+def memory_path(name: str) -> Path:
+    """Where `built` keeps a memory."""
+    return user_cache() / "language" / "memories" / name
+
+
 def built(network: T5DecoderLM, tokens: Tokens, name: str, **options: Any) -> Memory:
     """The memory of these tokens, from the user cache where an earlier run built it."""
-    path = user_cache() / "language" / "memories" / name
+    path = memory_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     began = path.exists()
     memory = rm.build_memory(network, windows(tokens), path, autocast=torch.bfloat16, **options)
@@ -285,9 +290,9 @@ class Recipe:
 
     def larger(self) -> None:
         """A larger base, with tokens that it was trained on."""
-        if (other := self.plan.larger) is None:
+        other, rows = self.plan.larger, self.plan.larger_rows
+        if other is None or self.file.holds(f"{other.shape}, {_short(rows)} in memory, resmem", 0):
             return
-        rows = self.plan.larger_rows
         memory = built(other.load(), self.train.first(rows + 1), f"{other.weights().stem}-{rows}")
         self.compare(f"{other.shape}, {_short(rows)} in memory", with_memory(other.load(), memory))
         memory.close()
@@ -308,6 +313,8 @@ class Recipe:
         """What a row may cost: whole predictions, then fewer classes of them, coarser codes, fewer rows."""
         (n, n_test), base = self.plan.dense, self.plan.base
         name, k = f"{base.shape}, {_short(n)} in memory", min(64, max(self.plan.n_neighbors))
+        if self.file.holds(f"{name}, dense, {ALIKE}", 0):  # measured last
+            return
         network = base.load()
         whole = built(network, self.train.first(n + 1), f"{base.weights().stem}-dense-{n}", residuals="dense")
         everything = np.arange(len(whole))
@@ -353,8 +360,6 @@ class Recipe:
 
     def dense(self, setting: str, lm: ResMemForCausalLM, k: int, n_test: int) -> None:
         """The row of a memory of whole predictions, searched exactly."""
-        if self.file.holds(f"{setting}, {ALIKE}", 0):
-            return
         tokens = dense_tokens(lm, windows(self.held_out), k, limit=self.plan.held_out[1])
         method = methods_of(tokens, (k,))[ALIKE]
         scores = dense_scores(lm, windows(self.test), method, limit=n_test)

@@ -102,6 +102,22 @@ class LanguageSetting:
         as_fraction("search_below", self.search_below)
         as_fraction("residual_share", self.residual_share)
 
+    def amount(
+        self, distances: Float[ndarray, "q k"], weights: Float[ndarray, "q k"], cues: Mapping[str, ndarray]
+    ) -> Float[ndarray, " q"]:
+        """The shrinkage of each token; 0 where there is no neighbour.
+
+        Parameters
+        ----------
+        distances, weights : of the neighbours.
+        cues : the further arguments of `gate_features`.
+        """
+        if self.gate is None:
+            amount = np.full(len(distances), self.shrinkage)
+        else:
+            amount = self.gate(gate_features(distances, weights, **cues))
+        return np.where(np.isfinite(distances[:, 0]), amount, 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `Memory.save_setting` and result files."""
         return asdict(self)

@@ -374,3 +374,4 @@ def test_exact_search_leaves_nothing_to_save(memory: Path) -> None:
     ran = resmem("index", memory, "--index", "exact")
     assert ran.code == 2
     assert "there is nothing to save of exact" in ran.err
+    assert "remedy: name an engine that is built" in ran.err

@@ -122,3 +122,13 @@ def rows_of(name: str) -> dict[tuple[str, int], Row]:
 def split(images: np.ndarray) -> Cifar100:
     n = len(images)
     return Cifar100(images, np.zeros(n, np.int64), np.zeros(n, np.int64), ("a",), ("b",))
+
+
+def test_what_is_not_known_is_null_in_a_result_file(tmp_path: Path) -> None:
+    """The interval of one document is everything; JSON has no number for that."""
+    row = {"base": 0.5, "gain": 0.1, "gain_low": float("-inf"), "gain_high": float("inf")}
+    ResultFile("some", "", "", folder=tmp_path).row("one", 0, lambda: row)
+    assert "Infinity" not in (tmp_path / "some.json").read_text()
+    again = ResultFile("some", "", "", folder=tmp_path)
+    assert again.rows[0]["gain_low"] is None
+    assert "+10.00 [–, –]" in again.table()

@@ -24,7 +24,6 @@ from residual_memory.language import (
     LanguageSetting,
     LanguageTuning,
     TokenScores,
-    gate_features,
     tune_tokens,
 )
 from residual_memory.memory import Memory
@@ -438,7 +437,7 @@ class ResMemForCausalLM(nn.Module):
     def _present(self, options: Mapping[str, Any], kept: int) -> Bool[Tensor, " n"] | None:
         """Which of the last places hold tokens and no padding; None where all do, or no mask says."""
         mask = options.get("decoder_attention_mask" if self.watch.decodes else "attention_mask")
-        if mask is None or mask.ndim != 2 or isinstance(options.get("logits_to_keep"), Tensor):
+        if mask is None or mask.ndim != 2 or mask.shape[1] < kept or isinstance(options.get("logits_to_keep"), Tensor):
             return None
         present = mask[:, mask.shape[1] - kept :].flatten() > 0
         return None if present.all() else present
@@ -561,11 +560,7 @@ class ResMemForCausalLM(nn.Module):
             "entropy": said.entropy.cpu().numpy(),
             "nearest": said.probabilities_at(logits, recalled.labels[:, :1])[:, 0],
         }
-        if self.setting.gate is None:
-            amount = np.full(len(logits), self.setting.shrinkage)
-        else:
-            amount = self.setting.gate(gate_features(recalled.distances, weights, **cues))
-        amount = np.where(np.isfinite(recalled.distances[:, 0]), amount, 0.0)
+        amount = self.setting.amount(recalled.distances, weights, cues)
         share = self.setting.residual_share
         return Seen(rows, logits, said.log_normaliser, recalled, weights, amount, share, cues)
 
