@@ -251,7 +251,7 @@ class ResidualKNN:
         built = [(name, part.first, part.n_rows, part.saved) for name, part in named if name is not None]
         if not built and self.memory.path is not None:
             raise InvalidInput(
-                f"there is nothing to save of {self.description}: exact search is made from the keys when they are read; "
+                f"there is nothing to save of {self.description}: exact search is made from the keys; "
                 "name an engine that is built, such as faiss:IVF1024,PQ64x4fs, and rows enough for it"
             )
         self.memory.save_parts(state.snapshot, built)
