@@ -39,7 +39,8 @@ def given(n: int = 40, c: int = 4, seed: int = 0) -> tuple[ndarray, ndarray, nda
 
 
 def looked_up(problem: Problem, setting: Setting = SETTING) -> tuple[ndarray, ndarray]:
-    return setting.knn(memory_of(problem)).look_up(problem.queries)
+    found = setting.knn(memory_of(problem)).look_up(problem.queries)
+    return found.residual, found.farthest
 
 
 # ---------------------------------------------------------------------------------------------- valid probabilities

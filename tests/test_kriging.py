@@ -527,7 +527,7 @@ def test_a_setting_saved_before_there_were_nuggets_and_gates_still_loads(tmp_pat
 
 @pytest.mark.parametrize("values", [{"nuggett": 0.1}, {"n_neighbors": 3, "gates": None}])
 def test_a_name_that_no_setting_has_is_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput, match=r"a setting has n_neighbors, .*nugget, gate: "):
+    with pytest.raises(InvalidInput, match=r"a setting has n_neighbors, .*nugget, gate, .*max_distance: "):
         Setting.from_dict(values)
 
 

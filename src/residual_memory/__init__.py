@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from residual_memory.memory import Memory
     from residual_memory.models.base import KeyChoice
     from residual_memory.models.building import build_memory
+    from residual_memory.models.sklearn import ResMemClassifier, ResMemRegressor
     from residual_memory.models.torch import (
         ChosenKeys,
         ResMemModule,
@@ -45,7 +46,9 @@ _ROOMS = {
     "KeyChoice": "models.base",
     "Memory": "memory",
     "ChosenKeys": "models.torch",
+    "ResMemClassifier": "models.sklearn",
     "ResMemModule": "models.torch",
+    "ResMemRegressor": "models.sklearn",
     "ResMemForCausalLM": "models.transformers",
     "build_memory": "models.building",
     "tune_language": "models.transformers",
@@ -84,8 +87,10 @@ __all__ = [
     "Memory",
     "Neighbors",
     "Observations",
+    "ResMemClassifier",
     "ResMemForCausalLM",
     "ResMemModule",
+    "ResMemRegressor",
     "ResidualKNN",
     "Setting",
     "TextFile",

@@ -51,6 +51,50 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """How neighbours are weighted; the attributes are options of `ResidualKNN`."""
+
+    kernel: str = "exponential"
+    bandwidth: float = 1.0
+    nugget: float = 0.1
+    local: bool = False
+    max_distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Averages:
+    """What the neighbours of each query say on average: the third seam.
+
+    Attributes
+    ----------
+    residual : Σ w r.
+    farthest : distance to the k-th neighbour; +inf where there are fewer.
+    labels : Σ w onehot(y), or Σ w y; None where nobody asked.
+    mass : Σ w: 1 for a kernel, 0 where no memory contributes, anything for kriging; None where nobody asked.
+    """
+
+    residual: Float[ndarray, "q c"]
+    farthest: Float[ndarray, " q"]
+    labels: Float[ndarray, "q c"] | None = None
+    mass: Float[ndarray, " q"] | None = None
+
+    def correction(self, predictions: Float[ndarray, "q c"], residual_share: float) -> Float[ndarray, "q c"]:
+        """Σ w (y − β f(neighbour) − (1 − β) f(query)): the residuals at β = 1, the correction of kNN-LM at 0.
+
+        Parameters
+        ----------
+        predictions : the base's for the queries.
+        residual_share : β; below 1 the labels must have been asked for.
+        """
+        if residual_share == 1:
+            return self.residual
+        assert self.labels is not None
+        assert self.mass is not None
+        pulled = self.labels - self.mass[:, None] * predictions
+        return (residual_share * self.residual + (1 - residual_share) * pulled).astype(self.residual.dtype)
+
+
+@dataclass(frozen=True)
 class _State:
     """An index that fits a snapshot, and the residuals of its rows where they are small enough to keep."""
 
@@ -77,6 +121,9 @@ class ResidualKNN:
     index : "exact", "auto", or a spec such as "faiss:IVF1024,PQ64x4fs?nprobe=16".
     max_weight : what one row may contribute at most; 1 does not limit it. A cut weight is not given to the others.
     nugget : of kriging alone: what no neighbour can tell, as a part of the variance; at least 1e-6.
+    local : the bandwidth is a multiple of each query's own distance to its k-th neighbour, wide where memories are
+        sparse; "auto" is then 1.
+    max_distance : memories farther away do not count; where there is no nearer one the base stands alone.
 
     Raises
     ------
@@ -99,12 +146,16 @@ class ResidualKNN:
         index: str = "exact",
         max_weight: float = 1.0,
         nugget: float = 0.1,
+        local: bool = False,
+        max_distance: float | None = None,
     ) -> None:
         self.memory = memory
         self.n_neighbors = as_count("n_neighbors", n_neighbors)
         self.kernel = kernel
         check_kernel(kernel)
         self.nugget = as_nugget(nugget)
+        self.local = local
+        self.max_distance = None if max_distance is None else as_positive("max_distance", max_distance)
         self.temperature = as_positive("temperature", temperature)
         _check_temperature(memory, self.temperature)
         self.max_weight = as_fraction("max_weight", max_weight, above_zero=True)
@@ -129,7 +180,7 @@ class ResidualKNN:
     def bandwidth(self) -> float:
         """Sigma; where it is "auto", it is measured at the first use with at least two rows."""
         if self._bandwidth is None:
-            if len(self.memory) < 2:
+            if self.local or len(self.memory) < 2:
                 return 1.0
             self._bandwidth = self._typical_distance()
         return self._bandwidth
@@ -152,24 +203,34 @@ class ResidualKNN:
         ------
         InvalidInput, DimensionMismatch : if the keys do not fit the memory.
         """
-        return self.look_up(keys, exclude)[0]
+        return self.look_up(keys, exclude).residual
 
-    def look_up(
-        self, keys: ArrayLike, exclude: ArrayLike | None = None
-    ) -> tuple[Float[ndarray, "q c"], Float[ndarray, " q"]]:
-        """What `__call__` gives, and the distance to the k-th neighbour: +inf where there are fewer."""
-        state, found = self._search(keys, self.n_neighbors, exclude)
-        weights = self._weights(state.snapshot, found)
-        return residual_average(state.snapshot, found.rows, weights, self.temperature, state.table), found.farthest
-
-    def look_up_both(
-        self, keys: ArrayLike, exclude: ArrayLike | None = None
-    ) -> tuple[Float[ndarray, "q c"], Float[ndarray, "q c"], Float[ndarray, " q"]]:
-        """What `__call__` and `memory_only` give, and the distance to the k-th neighbour, from one search."""
+    def look_up(self, keys: ArrayLike, exclude: ArrayLike | None = None, *, labels: bool = False) -> Averages:
+        """What `__call__` gives, with the distance to the k-th neighbour and, on demand, what the labels say."""
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(state.snapshot, found)
         residual = residual_average(state.snapshot, found.rows, weights, self.temperature, state.table)
-        return residual, label_average(state.snapshot, found.rows, weights[:, None, :])[:, 0], found.farthest
+        if not labels:
+            return Averages(residual, found.farthest)
+        alone = label_average(state.snapshot, found.rows, weights[:, None, :])[:, 0]
+        return Averages(residual, found.farthest, alone, weights.sum(axis=1))
+
+    def spread(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
+        """How far off the base was on the k nearest memories: their mean absolute residual; NaN without a neighbour.
+
+        References
+        ----------
+        Papadopoulos et al., "Regression conformal prediction with nearest neighbours", 2011.
+        """
+        state, found = self._search(keys, self.n_neighbors, exclude)
+        present = (found.rows >= 0).astype(float)
+        with np.errstate(invalid="ignore"):
+            weights = present / present.sum(axis=1, keepdims=True)
+        snapshot, total = state.snapshot, np.empty((len(weights), state.snapshot.layout.n_outputs))
+        for piece in _pieces(len(weights), 8 * weights.shape[1] * total.shape[1]):
+            sizes = np.abs(_gathered(snapshot, found.rows[piece], self.temperature, state.table))
+            np.matmul(weights[piece, None, :], sizes, out=total[piece, None, :])
+        return total
 
     def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
         """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""
@@ -181,11 +242,28 @@ class ResidualKNN:
         state, found = self._search(keys, self.n_neighbors, exclude)
         return Found(_ids_of(state.snapshot, found.rows), found.distances, self._weights(state.snapshot, found))
 
-    def contributions(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> tuple[Found, Float[ndarray, "q k c"]]:
-        """The neighbours and what each adds to the residual; summed over k it is what `__call__` gives."""
+    def contributions(
+        self,
+        keys: ArrayLike,
+        exclude: ArrayLike | None = None,
+        *,
+        predictions: Float[ndarray, "q c"] | None = None,
+        residual_share: float = 1.0,
+    ) -> tuple[Found, Float[ndarray, "q k c"]]:
+        """The neighbours and what each adds to the residual; summed over k it is what `__call__` gives.
+
+        Parameters
+        ----------
+        predictions, residual_share : as in `Averages.correction`, whose parts they are with a share below 1.
+        """
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(state.snapshot, found)
-        parts = weights[..., None] * _gathered(state.snapshot, found.rows, self.temperature, state.table)
+        added = _gathered(state.snapshot, found.rows, self.temperature, state.table)
+        if residual_share != 1:
+            assert predictions is not None
+            pulled = _targets(state.snapshot, found.rows) - predictions[:, None, :]
+            added = (residual_share * added + (1 - residual_share) * pulled).astype(added.dtype)
+        parts = weights[..., None] * added
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
 
     def recall(self, keys: ArrayLike, n_neighbors: int | None = None, exclude: ArrayLike | None = None) -> Recalled:
@@ -224,8 +302,12 @@ class ResidualKNN:
         """What neighbours at these distances count, by a kernel of distances alone."""
         if self.kernel == KRIGING:
             raise InvalidInput("kriging weighs neighbours by how they lie to each other, not by distances alone")
-        weights = kernel_named(self.kernel)(distances, self.bandwidth)
-        return np.minimum(weights, self.max_weight)
+        return np.minimum(_kernel_weights(distances, self.weighting), self.max_weight)
+
+    @property
+    def weighting(self) -> Weighting:
+        """What is said of weights in the options; a bandwidth of "auto" is measured."""
+        return Weighting(self.kernel, self.bandwidth, self.nugget, self.local, self.max_distance)
 
     def search(self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None) -> tuple[Snapshot, Neighbors]:
         """Rows and distances of any number of neighbours, and the snapshot that the rows belong to."""
@@ -265,7 +347,7 @@ class ResidualKNN:
         return state, nearest(state.parts, state.snapshot.keys, queries, k, tie_ranks=tie_ranks, reject=reject)
 
     def _weights(self, snapshot: Snapshot, found: Neighbors) -> Float[ndarray, "q k"]:
-        weights = neighbor_weights(snapshot, found, self.kernel, self.bandwidth, self.nugget)
+        weights = neighbor_weights(snapshot.keys, found, self.weighting)
         return weights if self.max_weight == 1 else np.clip(weights, -self.max_weight, self.max_weight)
 
     def _current(self) -> _State:
@@ -327,30 +409,40 @@ class ResidualKNN:
 
 
 def neighbor_weights(
-    snapshot: Snapshot,
-    found: Neighbors,
-    kernel: str,
-    bandwidth: float,
-    nugget: float,
-    among: Float[ndarray, "q k k"] | None = None,
+    keys: Column, found: Neighbors, how: Weighting, among: Float[ndarray, "q k k"] | None = None
 ) -> Float[ndarray, "q k"]:
     """What each neighbour counts.
 
     Parameters
     ----------
-    found : neighbours of each query, rows of the snapshot.
-    kernel, bandwidth, nugget : as in `ResidualKNN`.
+    keys : of the rows.
+    found : neighbours of each query.
     among : distances among the neighbours, where they are at hand; only kriging needs them.
     """
-    if kernel != KRIGING:
-        return kernel_named(kernel)(found.distances, bandwidth)
+    if how.kernel != KRIGING:
+        return _kernel_weights(found.distances, how)
+    distances, unit = _measured(found.distances, how)
     if among is not None:
-        return kriging_weights(found.distances, among, bandwidth, nugget)
+        return kriging_weights(distances, among / unit[:, :, None], how.bandwidth, how.nugget)
     weights = np.zeros(found.rows.shape)
     for piece in _pieces(len(found.rows), 8 * found.rows.shape[1] ** 2):
-        among = distances_among(snapshot.keys, found.rows[piece])
-        weights[piece] = kriging_weights(found.distances[piece], among, bandwidth, nugget)
+        near = distances_among(keys, found.rows[piece]) / unit[piece, :, None]
+        weights[piece] = kriging_weights(distances[piece], near, how.bandwidth, how.nugget)
     return weights
+
+
+def _kernel_weights(distances: Float[ndarray, "q k"], how: Weighting) -> Float[ndarray, "q k"]:
+    return kernel_named(how.kernel)(_measured(distances, how)[0], how.bandwidth)
+
+
+def _measured(distances: Float[ndarray, "q k"], how: Weighting) -> tuple[Float[ndarray, "q k"], Float[ndarray, "q 1"]]:
+    """Distances in the unit of the bandwidth, +inf where a memory is too far to count, and that unit."""
+    unit = np.ones((len(distances), 1))
+    if how.local and distances.shape[1]:
+        farthest = np.where(np.isfinite(distances), distances, 0.0).max(axis=1, keepdims=True)
+        unit = np.where(farthest > 0, farthest, 1.0)
+    counted = distances if how.max_distance is None else np.where(distances > how.max_distance, np.inf, distances)
+    return (counted / unit if how.local else counted), unit
 
 
 def correct(predictions: ArrayLike, residual: ArrayLike, shrinkage: ArrayLike | float = 1.0) -> Float[ndarray, "q ..."]:
@@ -431,10 +523,18 @@ def label_average(
     dtype, n_outputs = _computing_dtype(snapshot), snapshot.layout.n_outputs
     if not snapshot.n_rows:
         return np.zeros((*weights.shape[:2], n_outputs), dtype)
+    return np.matmul(weights.astype(dtype), _targets(snapshot, rows))
+
+
+def _targets(snapshot: Snapshot, rows: Int64[ndarray, "q k"]) -> Float[ndarray, "q k c"]:
+    """onehot(y), or y, of every neighbour; what stands for a missing one has no meaning, its weight is 0."""
+    dtype, n_outputs = _computing_dtype(snapshot), snapshot.layout.n_outputs
+    if not snapshot.n_rows:
+        return np.zeros((*rows.shape, n_outputs), dtype)
     targets = snapshot.targets(np.maximum(rows, 0))
-    if snapshot.layout.task == "classification":
-        targets = (targets[..., None] == np.arange(n_outputs)).astype(dtype)
-    return np.matmul(weights.astype(dtype), targets)
+    if snapshot.layout.task == "regression":
+        return targets
+    return (targets[..., None] == np.arange(n_outputs)).astype(dtype)
 
 
 def residual_average(

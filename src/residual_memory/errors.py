@@ -17,7 +17,8 @@ ResidualMemoryError
 
 ResidualMemoryWarning (UserWarning)
 ├── FewerNeighbors                   more neighbours were asked for than there are rows
-└── InSampleResiduals                the base knows its training data too well for residuals to mean much
+├── InSampleResiduals                the base knows its training data too well for residuals to mean much
+└── UncalibratedScores               probabilities were made of scores that are none
 """
 
 
@@ -96,3 +97,7 @@ class FewerNeighbors(ResidualMemoryWarning):
 
 class InSampleResiduals(ResidualMemoryWarning):
     """The base fits its training data far better than other data, so in-sample residuals say little."""
+
+
+class UncalibratedScores(ResidualMemoryWarning):
+    """An estimator gives no probabilities, so they were made of its scores."""

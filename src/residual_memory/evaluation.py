@@ -10,7 +10,9 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import (
+    Averages,
     ResidualKNN,
+    Weighting,
     correct,
     label_average,
     neighbor_weights,
@@ -39,6 +41,8 @@ class Setting:
     ----------
     n_neighbors, bandwidth, kernel, temperature, nugget : as in `ResidualKNN`.
     shrinkage : as in `correct`; 0 is the base alone.
+    residual_share : as in `Averages.correction`; 1 is the paper's, 0 that of kNN-LM.
+    local, max_distance : as in `ResidualKNN`.
     gate : in place of the shrinkage, a trust that depends on the query, and calibrated probabilities.
     """
 
@@ -49,6 +53,9 @@ class Setting:
     kernel: str = "exponential"
     nugget: float = 0.1
     gate: Gate | None = None
+    residual_share: float = 1.0
+    local: bool = False
+    max_distance: float | None = None
 
     def knn(self, memory: Memory, *, index: str = "exact", max_weight: float = 1.0) -> ResidualKNN:
         """The regressor with these options."""
@@ -61,7 +68,14 @@ class Setting:
             index=index,
             max_weight=max_weight,
             nugget=self.nugget,
+            local=self.local,
+            max_distance=self.max_distance,
         )
+
+    def weighting(self, bandwidth: float | None = None) -> Weighting:
+        """How neighbours are weighted, where the bandwidth is a number, here or in the setting."""
+        sigma = float(self.bandwidth if bandwidth is None else bandwidth)
+        return Weighting(self.kernel, sigma, self.nugget, self.local, self.max_distance)
 
     def predict(self, knn: ResidualKNN, keys: ArrayLike, predictions: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
         """Corrected probabilities, valid ones, or corrected values.
@@ -74,32 +88,33 @@ class Setting:
         """
         if not self.shrinkage:
             return predictions
-        residual, farthest = knn.look_up(keys)
-        base, scores = self.corrected(predictions, residual, farthest, knn.memory.layout.task)
+        found = knn.look_up(keys, labels=self.residual_share != 1)
+        base, scores = self.corrected(predictions, found, knn.memory.layout.task)
         if self.gate is not None or knn.memory.layout.task == "regression":
             return scores
         return to_probabilities(scores, base)
 
     def corrected(
-        self,
-        predictions: Float[ndarray, "q c"],
-        residual: Float[ndarray, "q c"],
-        farthest: Float[ndarray, " q"],
-        task: Task,
+        self, predictions: Float[ndarray, "q c"], found: Averages, task: Task
     ) -> tuple[Float[ndarray, "q c"], Float[ndarray, "q c"]]:
         """The base that is corrected, and the corrected scores: valid probabilities where there is a gate.
 
         Parameters
         ----------
         predictions : base probabilities at temperature 1, or values.
-        residual, farthest : from `ResidualKNN.look_up`.
+        found : from `ResidualKNN.look_up`, with labels where the residual share is below 1.
         """
         if not self.shrinkage:
             return predictions, predictions
+        base = self.tempered(predictions, task)
+        correction = found.correction(base, self.residual_share)
         if self.gate is not None:
-            return predictions, self.gate(predictions, residual, farthest)
-        base = tempered(predictions, self.temperature) if task == "classification" else predictions
-        return base, correct(base, residual, self.shrinkage)
+            return predictions, self.gate(predictions, correction, found.farthest)
+        return base, correct(base, correction, self.shrinkage)
+
+    def tempered(self, predictions: Float[ndarray, "q c"], task: Task) -> Float[ndarray, "q c"]:
+        """Base predictions at the setting's temperature; values have none."""
+        return tempered(predictions, self.temperature) if task == "classification" else predictions
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `Memory.save_setting` and result files."""
@@ -256,21 +271,21 @@ def corrected_predictions(
     knn, alone = setting.knn(memory, index=index), memory_only or setting
     counts = min(setting.n_neighbors, max(len(memory), 1)), min(alone.n_neighbors, max(len(memory), 1))
     snapshot, found = knn.search(keys, max(counts), exclude)
-    nearest = found.first(counts[0])
-    weights = neighbor_weights(snapshot, nearest, setting.kernel, knn.bandwidth, setting.nugget)
+    nearest, labelled = found.first(counts[0]), found.first(counts[1])
+    weights = neighbor_weights(snapshot.keys, nearest, knn.weighting)
     sigma = alone.bandwidth
     if isinstance(sigma, str):
         sigma = knn.bandwidth if alone == setting else alone.knn(memory, index=index).bandwidth
-    labelled = found.first(counts[1])
-    shape = (setting.n_neighbors, knn.bandwidth, setting.kernel, setting.nugget)
-    if shape == (alone.n_neighbors, sigma, alone.kernel, alone.nugget):
-        label_weights = weights
-    else:
-        label_weights = neighbor_weights(snapshot, labelled, alone.kernel, sigma, alone.nugget)
-    residual = residual_average(snapshot, nearest.rows, weights, setting.temperature)
-    labels = label_average(snapshot, labelled.rows, label_weights[:, None, :])
+    alone_weighting = alone.weighting(sigma)
+    same = counts[0] == counts[1] and alone_weighting == knn.weighting
+    label_weights = weights if same else neighbor_weights(snapshot.keys, labelled, alone_weighting)
     farthest = nearest.farthest if counts[0] == setting.n_neighbors else np.full(len(keys), np.inf)
-    base, corrected = setting.corrected(predictions, residual, farthest, memory.layout.task)
+    averages = Averages(residual_average(snapshot, nearest.rows, weights, setting.temperature), farthest)
+    if setting.residual_share != 1:
+        near = label_average(snapshot, nearest.rows, weights[:, None, :])[:, 0]
+        averages = replace(averages, labels=near, mass=weights.sum(axis=1))
+    labels = label_average(snapshot, labelled.rows, label_weights[:, None, :])
+    base, corrected = setting.corrected(predictions, averages, memory.layout.task)
     return Predicted(base, labels[:, 0], corrected, gated=setting.gate is not None)
 
 

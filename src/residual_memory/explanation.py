@@ -8,7 +8,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import ResidualKNN, correct
-from residual_memory.validation import as_positive
+from residual_memory.validation import as_positive, as_predictions
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def explain(
     predictions: ArrayLike,
     *,
     shrinkage: float = 1.0,
+    residual_share: float = 1.0,
     exclude: ArrayLike | None = None,
 ) -> Explanation:
     """Split corrections among the memories that made them.
@@ -45,6 +46,7 @@ def explain(
     keys : queries [q d].
     predictions : base probabilities (tempered as the knn's) or values [q c].
     shrinkage : as in `correct`.
+    residual_share : as in `Averages.correction`.
     exclude : as in `ResidualKNN.__call__`.
 
     Raises
@@ -52,7 +54,9 @@ def explain(
     InvalidInput, DimensionMismatch : if keys or predictions do not fit the memory.
     """
     amount = as_positive("shrinkage", shrinkage) if shrinkage else 0.0
-    found, parts = knn.contributions(keys, exclude)
+    layout = knn.memory.layout
+    said = None if residual_share == 1 else np.asarray(as_predictions(predictions, layout.task, layout.n_outputs))
+    found, parts = knn.contributions(keys, exclude, predictions=said, residual_share=residual_share)
     parts = parts * np.asarray(amount, parts.dtype)
     return Explanation(
         found.ids,

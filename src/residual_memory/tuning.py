@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import ResidualKNN, label_average, neighbor_weights, to_probabilities
+from residual_memory.correction import Averages, ResidualKNN, label_average, neighbor_weights, to_probabilities
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
 from residual_memory.gate import fit_gate
@@ -23,7 +23,7 @@ from residual_memory.memory import Memory, Snapshot
 from residual_memory.metrics import log_losses
 from residual_memory.residuals import tempered
 from residual_memory.types import Neighbors
-from residual_memory.validation import as_count, as_positive
+from residual_memory.validation import as_count, as_fraction, as_positive
 
 N_NEIGHBORS = (1, 2, 5, 10, 20, 50, 100, 200)
 BANDWIDTHS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -61,6 +61,7 @@ def tune(
     bandwidths: Sequence[float] | None = None,
     temperatures: Sequence[float] = TEMPERATURES,
     shrinkages: Sequence[float] | None = None,
+    residual_shares: Sequence[float] = (1.0,),
     nuggets: Sequence[float] = NUGGETS,
     kernel: str | Sequence[str] = "exponential",
     index: str = "auto",
@@ -82,6 +83,7 @@ def tune(
         usual for the kernel.
     temperatures : values of T; 1 alone for regression and for top-m memories.
     shrinkages : values of lambda; 0 is always tried. None tries what is usual for the kernel.
+    residual_shares : values to try of how much the neighbours' own predictions count; 1 is the paper's, 0 kNN-LM's.
     nuggets : values to try for kriging.
     kernel : as in `ResidualKNN`, or several of them to choose from.
     index : as in `ResidualKNN`.
@@ -96,11 +98,18 @@ def tune(
     """
     rows = HeldOut.checked(memory, keys, labels, predictions, metric, groups)
     kernels = [kernel] if isinstance(kernel, str) else list(kernel)
-    tried = {"bandwidths": bandwidths, "temperatures": temperatures, "nuggets": nuggets, "kernel": kernels}
+    tried = {
+        "bandwidths": bandwidths,
+        "temperatures": temperatures,
+        "residual_shares": residual_shares,
+        "nuggets": nuggets,
+        "kernel": kernels,
+    }
     for name, values in tried.items():
         if values is not None and not len(values):
             raise InvalidInput(f"{name} is empty, expected at least one value to try")
     temperatures = [as_positive("temperature", value) for value in temperatures]
+    shares = [as_fraction("residual_share", value) for value in residual_shares]
     if (negative := min(() if shrinkages is None else shrinkages, default=0.0)) < 0:
         raise InvalidInput(f"shrinkage is {negative:g}, expected numbers from 0")
     if len(rows.keys) < as_count("n_folds", n_folds):
@@ -113,20 +122,20 @@ def tune(
         some = _shapes(name, found, counts, bandwidths, nuggets)
         amounts = (KRIGING_SHRINKAGES if name == KRIGING else SHRINKAGES) if shrinkages is None else shrinkages
         amounts = sorted({0.0, *amounts})
-        parts.append(_losses_of_all(rows, snapshot, found, some, temperatures, amounts))
+        parts.append(_losses_of_all(rows, snapshot, found, some, temperatures, shares, amounts))
         shapes += some
         candidates += [
-            replace(shape, temperature=temperature, shrinkage=amount)
-            for temperature, amount, shape in product(temperatures, amounts, some)
+            replace(shape, temperature=temperature, residual_share=share, shrinkage=amount)
+            for temperature, share, amount, shape in product(temperatures, shares, amounts, some)
         ]
     losses, alone = (np.concatenate(tables) for tables in zip(*parts, strict=True))
-    folds = _folds(len(rows.keys), groups, n_folds, seed)
+    folds = row_folds(len(rows.keys), groups, n_folds, seed)
     without = np.array([setting.shrinkage == 0 for setting in candidates])
     measured = summarize(
         rows.metric,
-        base=_crossfitted(losses[without], folds),
-        memory_only=_crossfitted(alone, folds),
-        corrected=_crossfitted(losses, folds),
+        base=crossfitted(losses[without], folds),
+        memory_only=crossfitted(alone, folds),
+        corrected=crossfitted(losses, folds),
         groups=groups,
     )
     best = candidates[int(losses.mean(axis=1).argmin())]
@@ -173,19 +182,22 @@ def tune_gate(
     if memory.layout.task == "regression":
         raise InvalidInput("the memory is of a regression, but a gate makes probabilities of a classification")
     knn = setting.knn(memory, index=index)
-    residual, labels_alone, farthest = knn.look_up_both(rows.keys, exclude)
-    folds = _folds(len(rows.keys), groups, n_folds, seed)
-    gated, base = np.empty(residual.shape), np.empty(residual.shape)
+    looked_up = knn.look_up(rows.keys, exclude, labels=True)
+    assert looked_up.labels is not None
+    base = setting.tempered(rows.predictions, memory.layout.task)
+    residual, farthest = looked_up.correction(base, setting.residual_share), looked_up.farthest
+    folds = row_folds(len(rows.keys), groups, n_folds, seed)
+    gated, calm = np.empty(residual.shape), np.empty(residual.shape)
     for fold in np.unique(folds):
         inside = folds == fold
         fitted = fit_gate(rows.predictions[~inside], residual[~inside], farthest[~inside], rows.labels[~inside])
         gated[inside] = fitted(rows.predictions[inside], residual[inside], farthest[inside])
-        calm = best_temperature(rows.predictions[~inside], rows.labels[~inside])
-        base[inside] = tempered(rows.predictions[inside], calm)
+        temperature = best_temperature(rows.predictions[~inside], rows.labels[~inside])
+        calm[inside] = tempered(rows.predictions[inside], temperature)
     measured = summarize(
         rows.metric,
-        base=rows.losses(base, base),
-        memory_only=rows.losses_alone(labels_alone),
+        base=rows.losses(calm, calm),
+        memory_only=rows.losses_alone(looked_up.labels),
         corrected=rows.losses(gated, gated),
         groups=groups,
     )
@@ -261,14 +273,15 @@ def _losses_of_all(
     found: Neighbors,
     shapes: Sequence[Setting],
     temperatures: Sequence[float],
+    shares: Sequence[float],
     shrinkages: Sequence[float],
 ) -> tuple[Float32[ndarray, "s q"], Float32[ndarray, "r q"]]:
     """Per-row losses of every setting, and of the labels alone for every shape of the weights.
 
-    Settings are ordered by temperature, then shrinkage, then shape.
+    Settings are ordered by temperature, then residual share, then shrinkage, then shape.
     """
     n, k, n_outputs = len(rows.keys), found.rows.shape[1], rows.predictions.shape[1]
-    losses = np.empty((len(temperatures) * len(shrinkages) * len(shapes), n), np.float32)
+    losses = np.empty((len(temperatures) * len(shares) * len(shrinkages) * len(shapes), n), np.float32)
     alone = np.empty((len(shapes), n), np.float32)
     step = max(1, BLOCK_BYTES // (8 * max(n_outputs * max(k, len(shapes)), k * k)))
     for start in range(0, n, step):
@@ -281,13 +294,20 @@ def _losses_of_all(
             alone[place, here] = some.losses_alone(averages[:, place])
         place = 0
         for temperature in temperatures:
-            corrections = _corrections(snapshot, listed.rows, weights, temperature)
+            residuals = _corrections(snapshot, listed.rows, weights, temperature)
             base = tempered(some.predictions, temperature)
-            for shrinkage in shrinkages:
-                for shape in range(len(shapes)):
-                    scores = base + np.asarray(shrinkage, base.dtype) * corrections[:, shape].astype(base.dtype)
-                    losses[place, here] = some.losses(scores, base)
-                    place += 1
+            for share in shares:
+                corrections = [
+                    Averages(residuals[:, shape], listed.farthest, averages[:, shape], weights[:, shape].sum(axis=1))
+                    .correction(base, share)
+                    .astype(base.dtype)
+                    for shape in range(len(shapes))
+                ]
+                for shrinkage in shrinkages:
+                    for correction in corrections:
+                        scores = base + np.asarray(shrinkage, base.dtype) * correction
+                        losses[place, here] = some.losses(scores, base)
+                        place += 1
     return losses, alone
 
 
@@ -298,11 +318,9 @@ def _weights(snapshot: Snapshot, found: Neighbors, shapes: Sequence[Setting]) ->
     for place, shape in enumerate(shapes):
         k = shape.n_neighbors
         weights[:, place, :k] = neighbor_weights(
-            snapshot,
+            snapshot.keys,
             found.first(k),
-            shape.kernel,
-            float(shape.bandwidth),
-            shape.nugget,
+            shape.weighting(),
             None if among is None else among[:, :k, :k],
         )
     return weights
@@ -319,7 +337,8 @@ def _corrections(
     return np.matmul(weights.astype(residuals.dtype), residuals)
 
 
-def _folds(n: int, groups: ArrayLike | None, n_folds: int, seed: int) -> Int64[ndarray, " q"]:
+def row_folds(n: int, groups: ArrayLike | None, n_folds: int, seed: int) -> Int64[ndarray, " q"]:
+    """A fold for each row, of about equal sizes; rows of one group share theirs."""
     names: Shaped[ndarray, " q"] = np.arange(n) if groups is None else np.asarray(groups)
     owner = np.unique(names, return_inverse=True)[1]
     count = int(owner.max()) + 1
@@ -328,7 +347,7 @@ def _folds(n: int, groups: ArrayLike | None, n_folds: int, seed: int) -> Int64[n
     return np.random.default_rng(seed).permutation(np.arange(count) % n_folds)[owner]
 
 
-def _crossfitted(losses: Float32[ndarray, "s q"], folds: Int64[ndarray, " q"]) -> Float[ndarray, " q"]:
+def crossfitted(losses: Float32[ndarray, "s q"], folds: Int64[ndarray, " q"]) -> Float[ndarray, " q"]:
     """The loss of each row under the setting that the rows of the other folds choose."""
     measured = np.empty(losses.shape[1])
     for fold in np.unique(folds):

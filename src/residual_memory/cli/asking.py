@@ -26,7 +26,6 @@ from residual_memory.explanation import Explanation
 from residual_memory.explanation import explain as explanation_of
 from residual_memory.memory import Memory
 from residual_memory.progress import progress_bar
-from residual_memory.residuals import tempered
 from residual_memory.validation import as_count
 
 SHOWN_ROWS = 20  # for people; files and JSON have all
@@ -296,8 +295,9 @@ def explain(
     block = rows.checked(_row(rows, row), layout.task, layout.n_outputs, layout.dim)
     setting = saved_setting(memory)
     knn = setting.knn(memory, index=index)
-    base = tempered(block.predictions, setting.temperature) if layout.task == "classification" else block.predictions
-    found = explanation_of(knn, block.keys, base, shrinkage=setting.shrinkage)
+    base = setting.tempered(block.predictions, layout.task)
+    shares = {"shrinkage": setting.shrinkage, "residual_share": setting.residual_share}
+    found = explanation_of(knn, block.keys, base, **shares)
     answer = _answered(block, knn, setting)
     listed = _neighbors(found, knn)
     result = {

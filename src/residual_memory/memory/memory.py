@@ -224,6 +224,13 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a memory in RAM holds its rows; that of one on disk opens it again, read-only."""
+        if self.path is not None:
+            return Memory.open, (str(self.path),)
+        snapshot = self._snapshot
+        return _in_ram, (snapshot.manifest, [dict(table) for table in snapshot.tables], snapshot.forgotten)
+
     def __repr__(self) -> str:
         where = "in RAM" if self.path is None else f"at {self.path}"
         layout = self.layout
@@ -596,6 +603,10 @@ class Memory:
         if self._directory is not None:
             for name in set(names) - {record.name for record in self._snapshot.manifest.files()}:
                 self._directory.remove(name)
+
+
+def _in_ram(manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> Memory:
+    return Memory(None, Snapshot(manifest, tables, forgotten), writable=True)
 
 
 def verify(path: str | os.PathLike[str]) -> VerifyReport:

@@ -39,7 +39,6 @@ from residual_memory.models.watching import (
     watching,
 )
 from residual_memory.progress import progress_bar
-from residual_memory.residuals import temper
 from residual_memory.tuning import TuningResult, tune
 from residual_memory.types import Metric, Observations, Task
 from residual_memory.validation import as_count, as_ids, as_labels, as_predictions
@@ -485,8 +484,9 @@ class ResMemModule(nn.Module):
         """Which memories correct each prediction, and by how much, before a gate weighs the correction."""
         raw, keys = self._watch.run(inputs)
         said = self._said(raw)
-        base = temper(said, self.setting.temperature) if self.memory.layout.task == "classification" else said
-        return explain(self.knn, keys.cpu().numpy(), base, shrinkage=self.setting.shrinkage)
+        setting, base = self.setting, self.setting.tempered(said, self.memory.layout.task)
+        shares = {"shrinkage": setting.shrinkage, "residual_share": setting.residual_share}
+        return explain(self.knn, keys.cpu().numpy(), base, **shares)
 
     def _said(self, raw: Tensor) -> Float[ndarray, "b c"]:
         layout = self.memory.layout

@@ -1,0 +1,1045 @@
+"""Any scikit-learn estimator with a memory of what it could not learn, as a scikit-learn estimator."""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Shaped
+from numpy import ndarray
+from numpy.typing import ArrayLike
+
+from residual_memory.correction import ResidualKNN, correct
+from residual_memory.errors import InSampleResiduals, InvalidInput, MissingExtra, UncalibratedScores
+from residual_memory.evaluation import Evaluation
+from residual_memory.explanation import Explanation, explain
+from residual_memory.memory import Memory
+from residual_memory.metric_learning import Lesson, learn_metric
+from residual_memory.models.fold_tuning import (
+    PROBABILITY_FLOOR,
+    Chosen,
+    Fold,
+    Grid,
+    choose,
+    error_scale,
+    valid_probabilities,
+)
+from residual_memory.models.table_keys import Embedding, Keys, embedding_named, natural_channels
+from residual_memory.types import Task
+from residual_memory.validation import as_count, as_fraction, as_ids, as_positive
+
+try:
+    from scipy.sparse import issparse
+    from sklearn.base import (
+        BaseEstimator,
+        ClassifierMixin,
+        MetaEstimatorMixin,
+        RegressorMixin,
+        clone,
+    )
+    from sklearn.exceptions import DataConversionWarning
+    from sklearn.frozen import FrozenEstimator
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, check_cv
+    from sklearn.utils import Bunch, assert_all_finite, get_tags
+    from sklearn.utils import _safe_indexing as rows_of
+    from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
+    from sklearn.utils.metadata_routing import _raise_for_params as raise_for_params
+    from sklearn.utils.metadata_routing import _routing_enabled as routing_enabled
+    from sklearn.utils.multiclass import check_classification_targets, type_of_target
+    from sklearn.utils.parallel import Parallel, delayed
+    from sklearn.utils.validation import (
+        _check_method_params as params_of_rows,
+    )
+    from sklearn.utils.validation import (
+        _num_samples as n_rows_of,
+    )
+    from sklearn.utils.validation import (
+        check_array,
+        check_consistent_length,
+        check_is_fitted,
+        column_or_1d,
+        validate_data,
+    )
+except ImportError as error:
+    raise MissingExtra("scikit-learn estimators", "sklearn") from error
+
+Residuals = Literal["out_of_fold", "in_sample", "held_out"]
+RESIDUALS = ("out_of_fold", "in_sample", "held_out")
+METRICS = ("auto", None, "diagonal", "full")
+
+TUNING_ROWS = 6_000  # held-out rows that settings are chosen by, where there are as many
+FEWEST_ROWS = 20  # below this nothing can be told from held-out rows
+WIDEST_FULL = 64  # numbers in a key up to which a full metric is tried
+WIDEST_DIAGONAL = 256
+NO_ENERGY = 1e-3  # part of the labels' variance below which the residuals say nothing
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the base said of the rows that the memory is to hold.
+
+    Attributes
+    ----------
+    rows : of the data that was given to `fit`.
+    predictions : honest ones, or those of the base that was fitted on the rows themselves.
+    folds : for each fold of the tuning, the positions (among `rows`) of its queries and of the rows that may be used.
+    models : the base fitted without that fold; none where keys and predictions of the one base are as of new rows.
+    """
+
+    rows: Int64[ndarray, " m"]
+    predictions: Float[ndarray, "m c"]
+    folds: list[tuple[Int64[ndarray, " q"], Int64[ndarray, " u"]]]
+    models: list[Any]
+
+
+class _ResMem(MetaEstimatorMixin, BaseEstimator):
+    """What the classifier and the regressor share."""
+
+    _task: Task
+
+    def __init__(
+        self,
+        estimator: Any,
+        *,
+        embed: Any = None,
+        metric: Any = "auto",
+        n_neighbors: Any = "auto",
+        bandwidth: Any = "auto",
+        kernel: Any = "auto",
+        temperature: Any = "auto",
+        shrinkage: Any = "auto",
+        residual_share: Any = "auto",
+        max_distance: Any = "auto",
+        residuals: Residuals = "out_of_fold",
+        cv: Any = 5,
+        index: str = "auto",
+        memory: str | os.PathLike[str] | None = None,
+        n_jobs: int | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.estimator = estimator
+        self.embed = embed
+        self.metric = metric
+        self.n_neighbors = n_neighbors
+        self.bandwidth = bandwidth
+        self.kernel = kernel
+        self.temperature = temperature
+        self.shrinkage = shrinkage
+        self.residual_share = residual_share
+        self.max_distance = max_distance
+        self.residuals = residuals
+        self.cv = cv
+        self.index = index
+        self.memory = memory
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+
+    # ------------------------------------------------------------------ fitting
+
+    def fit(
+        self, X: Any, y: Any, ids: ArrayLike | None = None, groups: ArrayLike | None = None, **fit_params: Any
+    ) -> "_ResMem":
+        """Fit the base, memorize what it could not learn, and choose how far to trust the memory.
+
+        Parameters
+        ----------
+        X : array, sparse matrix or data frame [n d]; whatever the base takes.
+        y : labels [n], or values [n] or [n c].
+        ids : int64 ≥ 0 or strings [n], names by which rows are forgotten and explained; None takes their numbers.
+        groups : [n]; rows of one group (a patient, a day) are never in different folds.
+        fit_params : for the base's `fit`, such as `sample_weight`; others need scikit-learn's metadata routing. Weights
+            count in the base. A row of weight 0 does not enter the memory, the others count alike in it.
+
+        Raises
+        ------
+        InvalidInput : if an option or the data cannot be used. Other ValueErrors come from scikit-learn.
+        """
+        raise_for_params(fit_params, self, "fit", allow=["sample_weight"])
+        grid = self._checked_options()
+        validate_data(self, X, y, skip_check_array=True)
+        X, y = self._as_rows(X), self._checked_labels(y)
+        check_consistent_length(X, y, ids, groups)
+        n_rows = n_rows_of(X)
+        if n_rows < 2:
+            raise InvalidInput(
+                f"there is 1 sample (n_samples = {n_rows}), expected at least 2: one to learn, one to keep"
+            )
+        groups = None if groups is None else as_ids(groups, n_rows, name="groups")
+        names = np.arange(n_rows) if ids is None else as_ids(ids, n_rows)
+        params = self._routed(fit_params, groups)
+        targets = self._targets_of(y)
+        seen = self._observe(X, y, targets, groups, params)
+        weightless = _weightless(fit_params, n_rows)
+        if weightless is not None:
+            seen = _without(seen, weightless)
+        self._warn_without_energy(targets[seen.rows], seen.predictions)
+        kept = rows_of(X, seen.rows)
+        near = None if groups is None else groups[seen.rows]
+        self._make_memory(kept, targets[seen.rows], rows_of(y, seen.rows), seen, names[seen.rows], near, grid)
+        return self
+
+    def _observe(
+        self,
+        X: Any,
+        y: Any,
+        targets: Shaped[ndarray, "n ..."],
+        groups: Shaped[ndarray, " n"] | None,
+        params: Bunch,
+    ) -> _Observed:
+        """Fit the base and let it predict the rows as `residuals` wants it."""
+        everything = np.arange(len(targets))
+        fit = params.estimator.fit
+        if isinstance(self.estimator, FrozenEstimator):
+            self.estimator_ = self.estimator
+            return self._observed_once(X, everything, self._splits(X, targets, groups, params))
+        splits = self._splits(X, targets, groups, params)
+        if self.residuals == "held_out":
+            train, held = splits[0]
+            self.estimator_ = _fitted(self.estimator, X, y, train, fit)
+            chosen = None if groups is None else groups[held]
+            parts = self._splits(rows_of(X, held), targets[held], chosen, Bunch(splitter=Bunch(split={})), inner=True)
+            return self._observed_once(X, held, parts)
+        used = splits if self.residuals == "out_of_fold" else _enough(splits)
+        models = list(
+            Parallel(n_jobs=self.n_jobs)(delayed(_fitted)(self.estimator, X, y, train, fit) for train, _ in used)
+        )
+        self.estimator_ = _fitted(self.estimator, X, y, everything, fit)
+        if self.residuals == "in_sample":
+            return _Observed(
+                everything, self._said(self.estimator_, X), [(held, train) for train, held in used], models
+            )
+        predictions = np.full((len(targets), self._n_outputs), np.nan)
+        for model, (_, held) in zip(models, splits, strict=True):
+            predictions[held] = self._said(model, rows_of(X, held))
+        honest = np.flatnonzero(np.isfinite(predictions).all(axis=1))  # a splitter may test some rows never
+        place = np.full(len(targets), -1)
+        place[honest] = np.arange(len(honest))
+        folds = [(place[held], place[train][place[train] >= 0]) for train, held in splits]
+        return _Observed(honest, predictions[honest], folds, models)
+
+    def _observed_once(self, X: Any, rows: Int64[ndarray, " m"], splits: list[tuple[ndarray, ndarray]]) -> _Observed:
+        """Rows that the one base predicts as it predicts new ones."""
+        said = self._said(self.estimator_, rows_of(X, rows))
+        return _Observed(rows, said, [(held, train) for train, held in splits], [])
+
+    def _splits(
+        self,
+        X: Any,
+        targets: Shaped[ndarray, "n ..."],
+        groups: Shaped[ndarray, " n"] | None,
+        params: Bunch,
+        *,
+        inner: bool = False,
+    ) -> list[tuple[ndarray, ndarray]]:
+        """Training and held-out rows of each fold."""
+        classes = self._task == "classification"
+        if not isinstance(self.cv, int) and not inner:
+            splitter = check_cv(self.cv, targets, classifier=classes)
+            splits = [(train, held) for train, held in splitter.split(X, targets, **params.splitter.split)]
+            times = np.bincount(np.concatenate([held for _, held in splits]), minlength=len(targets))
+            if times.max() > 1:
+                raise InvalidInput(
+                    f"cv holds row {int(times.argmax())} out {times.max()} times, expected each at most once; "
+                    "use a splitter such as KFold"
+                )
+            return splits
+        owners = len(targets) if groups is None else len(np.unique(groups))
+        wanted = as_count("cv", self.cv) if isinstance(self.cv, int) else 5
+        n_folds, seed = min(wanted, owners), self._seed()
+        if n_folds < 2:
+            raise InvalidInput(f"cv is {wanted} for {owners} groups or rows, expected at least 2 of each")
+        most = int(np.bincount(targets).max()) if classes else 0
+        if classes and min(n_folds, most) >= 2:
+            if groups is not None:
+                splitter = StratifiedGroupKFold(min(n_folds, most), shuffle=True, random_state=seed)
+            else:
+                splitter = StratifiedKFold(min(n_folds, most), shuffle=True, random_state=seed)
+        elif groups is not None:
+            splitter = GroupKFold(n_folds)
+        else:
+            splitter = KFold(n_folds, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+            return [(train, held) for train, held in splitter.split(X, targets, groups) if len(held)]
+
+    def _make_memory(
+        self,
+        X: Any,
+        targets: Shaped[ndarray, "m ..."],
+        y: Any,
+        seen: _Observed,
+        names: Shaped[ndarray, " m"],
+        groups: Shaped[ndarray, " m"] | None,
+        grid: Grid,
+    ) -> None:
+        """Choose keys and setting, and remember the rows under these keys."""
+        lesson = Lesson(self._task, targets, seen.predictions)
+        learner = Lesson.of(self._task, targets, seen.predictions)
+        kinds = self._kinds()
+        folds = list(self._tuning_folds(seen)) if len(targets) >= FEWEST_ROWS else []
+        candidates: dict[str, list[Fold]] = {}
+        metrics: dict[str, tuple[str, Any]] = {}
+        for name, embedding in kinds.items():
+            for fold in folds:
+                for shape, found in self._candidates(X, y, lesson, learner, seen, embedding, fold, grid, groups):
+                    label = name if shape is None else f"{name}, {shape} metric"
+                    candidates.setdefault(label, []).append(found)
+                    metrics[label] = (name, shape)
+        chosen = choose(candidates, grid, groups=groups, seed=self._seed()) if candidates else None
+        label = chosen.candidate if chosen else next(iter(kinds))
+        name, shape = metrics.get(label, (label, None))
+        self.keys_ = label
+        self._embedding = copy.copy(kinds[name]).fit(X, y, self.estimator_)
+        keys = self._embedding.keys(X, self.estimator_, seen.predictions)
+        self._metric = None
+        if shape is not None:
+            self._metric = learn_metric(keys, learner, shape, groups=groups, seed=self._seed())
+            keys = keys @ self._metric
+        self.memory_ = Memory.create(
+            self.memory,
+            dim=keys.shape[1],
+            n_outputs=self._n_outputs,
+            task=self._task,
+            class_names=self._class_names(),
+            key_dtype="float64",
+            prediction_dtype="float64",
+        )
+        self.memory_.append(keys, targets, seen.predictions, names, groups)
+        self._settle(chosen, candidates.get(label, []), grid)
+
+    def _settle(self, chosen: Chosen | None, folds: list[Fold], grid: Grid) -> None:
+        """From multiples of distances between the rows of folds to distances in the memory."""
+        self.evaluation_: Evaluation | None = chosen.evaluation if chosen else None
+        setting = chosen.setting if chosen else grid.shapes(len(self.memory_))[0]
+        if chosen is None:
+            setting = replace(setting, residual_share=grid.residual_shares[-1], temperature=1.0)
+        if self.shrinkage != "auto":
+            setting = replace(setting, shrinkage=float(self.shrinkage))
+        elif chosen is None:
+            setting = setting.without_memory()
+        k = min(setting.n_neighbors, len(self.memory_))
+        unit = ResidualKNN(self.memory_, n_neighbors=k, index=self.index).bandwidth
+        absolute = grid.absolute or setting.local
+        bandwidth = float(setting.bandwidth) if absolute else float(setting.bandwidth) * unit
+        farthest = None
+        if isinstance(self.max_distance, str) and folds:
+            seen = [fold.found.distances[:, min(k, fold.found.rows.shape[1]) - 1] / fold.typical(k) for fold in folds]
+            reach = np.concatenate(seen)
+            farthest = unit * float(reach[np.isfinite(reach)].max(initial=0)) or None
+        elif self.max_distance is not None and not isinstance(self.max_distance, str):
+            farthest = float(self.max_distance)
+        self._error_scale = None
+        if self._task == "regression" and folds:
+            self._error_scale = error_scale(folds, setting)
+        self.setting_ = replace(setting, n_neighbors=k, bandwidth=bandwidth, max_distance=farthest)
+        self.memory_.save_setting(self.setting_.to_dict())
+        self._knn = self.setting_.knn(self.memory_, index=self.index)
+
+    @property
+    def verdict_(self) -> str:
+        """One line: what the memory gains on held-out rows, or that it does not help."""
+        check_is_fitted(self)
+        if self.evaluation_ is None:
+            return f"no gain: too few rows to tell ({len(self.memory_)}, expected at least {FEWEST_ROWS})"
+        return self.evaluation_.verdict
+
+    def _kinds(self) -> dict[str, Embedding]:
+        """The kinds of keys to choose from, by name."""
+        classes = self._task == "classification"
+        if self.embed is None or (isinstance(self.embed, str) and self.embed == "auto"):
+            names = ["input", *natural_channels(self.estimator_)]
+            return {name: embedding_named(name, classifier=classes) for name in names}
+        name = self.embed if isinstance(self.embed, str) else type(self.embed).__name__
+        return {name: embedding_named(self.embed, classifier=classes)}
+
+    def _tuning_folds(self, seen: _Observed) -> Iterator[tuple[int, Int64[ndarray, " q"], Bool[ndarray, " m"]]]:
+        """Number, queries and usable rows of as many folds as give enough queries."""
+        random, left = np.random.default_rng(self._seed()), TUNING_ROWS
+        for number, (queries, usable) in enumerate(seen.folds):
+            if left <= 0:
+                return
+            if not len(queries) or len(usable) < 2:
+                continue
+            some = np.sort(random.choice(queries, min(len(queries), left), replace=False))
+            left -= len(some)
+            allowed = np.zeros(len(seen.rows), bool)
+            allowed[usable] = True
+            yield number, some, allowed
+
+    def _candidates(
+        self,
+        X: Any,
+        y: Any,
+        lesson: Lesson,
+        learner: Lesson,
+        seen: _Observed,
+        embedding: Embedding,
+        fold: tuple[int, Int64[ndarray, " q"], Bool[ndarray, " m"]],
+        grid: Grid,
+        groups: Shaped[ndarray, " m"] | None,
+    ) -> Iterator[tuple[Any, Fold]]:
+        """One fold under one kind of keys, with each metric."""
+        number, queries, allowed = fold
+        model = seen.models[number] if seen.models else self.estimator_
+        usable = np.flatnonzero(allowed)
+        train = usable if embedding.saw_labels and seen.models else np.arange(len(seen.rows))
+        fitted = copy.copy(embedding).fit(rows_of(X, train), rows_of(y, train), model)
+        rows, taught = lesson, learner
+        if self.residuals == "in_sample" and seen.models:
+            rows = replace(lesson, predictions=self._said(model, X))
+            taught = Lesson.of(self._task, rows.targets, rows.predictions)
+        keys = fitted.keys(X, model, rows.predictions)
+        k = grid.most_neighbors(len(usable))
+        metric = None
+        for shape in self._metrics(keys, embedding, len(usable)):
+            placed = keys
+            if shape is not None:
+                near = None if groups is None else groups[usable]
+                metric = learn_metric(
+                    keys[usable], taught.some(usable), shape, start=metric, groups=near, seed=self._seed()
+                )
+                placed = keys @ metric
+            yield shape, Fold.of(placed, rows, queries, allowed, k, self.index, grid.absolute)
+
+    def _metrics(self, keys: Keys, embedding: Embedding, n_rows: int) -> list[Any]:
+        """Which metrics to try: learned ones for keys that did not see labels, of few enough numbers."""
+        if self.metric is None or not isinstance(self.bandwidth, str):
+            return [None]
+        if self.metric != "auto":
+            return [self.metric]
+        width = keys.shape[1]
+        if embedding.saw_labels or n_rows < 2 * FEWEST_ROWS or width > WIDEST_DIAGONAL:
+            return [None]
+        return [None, "diagonal", "full"] if 1 < width <= WIDEST_FULL else [None, "diagonal"] if width > 1 else [None]
+
+    # ------------------------------------------------------------------ changing the memory
+
+    def partial_fit(
+        self,
+        X: Any,
+        y: Any,
+        ids: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+        classes: ArrayLike | None = None,
+        **fit_params: Any,
+    ) -> "_ResMem":
+        """Add rows to the memory; the base stays as it is. The first call is `fit`.
+
+        Parameters
+        ----------
+        X, y, ids, groups : as in `fit`.
+        classes : of a classification, all labels that will ever come. Others may come later too, where the memory is
+            in RAM: it is then made anew with room for them.
+
+        Raises
+        ------
+        InvalidInput, DuplicateId : if the rows do not fit; nothing is added.
+        """
+        if not hasattr(self, "memory_"):
+            self._expected = None if classes is None else np.unique(np.asarray(classes))
+            try:
+                return self.fit(X, y, ids=ids, groups=groups, **fit_params)
+            finally:
+                del self._expected
+        validate_data(self, X, y, reset=False, skip_check_array=True)
+        X = self._as_rows(X)
+        check_consistent_length(X, y, ids, groups)
+        targets = self._further_targets(y)
+        said = self._said(self.estimator_, X)
+        keys = self._keys(X, said)
+        self.memory_.append(keys, targets, said, ids, groups)
+        return self
+
+    def forget(self, ids: ArrayLike) -> "_ResMem":
+        """Take rows out of the memory at once; the base still remembers what it learned of them.
+
+        Raises
+        ------
+        UnknownId : if the memory does not hold one of the ids; nothing is forgotten.
+        """
+        check_is_fitted(self)
+        self.memory_.forget(ids)
+        return self
+
+    # ------------------------------------------------------------------ asking
+
+    def kneighbors(
+        self, X: Any = None, n_neighbors: int | None = None, return_distance: bool = True
+    ) -> tuple[Float[ndarray, "q k"], Shaped[ndarray, "q k"]] | Shaped[ndarray, "q k"]:
+        """The ids of the nearest memories, and their distances.
+
+        Parameters
+        ----------
+        X : queries; None asks for the neighbours of the memory's own rows, themselves left out.
+        n_neighbors : by default that of the setting.
+        """
+        check_is_fitted(self)
+        own = self.memory_.snapshot
+        k = self.setting_.n_neighbors if n_neighbors is None else as_count("n_neighbors", n_neighbors)
+        alive = np.flatnonzero(own.alive)
+        keys = own.keys.take(alive) if X is None else self._queries(X)[1]
+        snapshot, found = self._knn.search(keys, k, own.ids if X is None else None)
+        missing: Any = "" if own.all_ids.dtype.kind == "U" else -1
+        ids = np.where(found.rows >= 0, snapshot.all_ids[np.maximum(found.rows, 0)], missing)
+        return (found.distances, ids) if return_distance else ids
+
+    def explain(self, X: Any) -> Explanation:
+        """Which memories corrected each prediction, and by how much; of classes in the order of `classes_`."""
+        said, keys = self._queries(X)
+        base = self.setting_.tempered(said, self._task)
+        shares = {"shrinkage": self.setting_.shrinkage, "residual_share": self.setting_.residual_share}
+        found = explain(self._knn, keys, base, **shares)
+        return replace(
+            found, contributions=self._in_order(found.contributions), corrected=self._in_order(found.corrected)
+        )
+
+    def label_issues(self) -> Any:
+        """The memory's rows, those first whose label the base and their neighbours contradict.
+
+        Returns
+        -------
+        A pandas data frame: `id`, `label`, `suggestion` (what they say instead), `score` (higher is worse; of classes
+        from 0 to 1, of values in deviations of such errors) and `agreement` (the part of the neighbours with this
+        label; of values, of those whose residual has the same sign).
+
+        References
+        ----------
+        Northcutt et al., "Confident learning: estimating uncertainty in dataset labels", JAIR 2021, whose
+        self-confidence the score takes the mean of with the neighbours'.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtra("label_issues", "sklearn") from error
+        check_is_fitted(self)
+        snapshot = self.memory_.snapshot
+        rows = np.flatnonzero(snapshot.alive)
+        keys, said, targets = snapshot.keys.take(rows), snapshot.predictions(rows), snapshot.targets(rows)
+        issues = self._issues(keys, said, targets, snapshot.ids)
+        return pd.DataFrame({"id": snapshot.ids, **issues}).sort_values("score", ascending=False, ignore_index=True)
+
+    def _queries(self, X: Any) -> tuple[Float[ndarray, "q c"], Keys]:
+        """What the base says of rows, and their keys."""
+        check_is_fitted(self)
+        X = self._as_rows(X)
+        validate_data(self, X, reset=False, skip_check_array=True)
+        said = self._said(self.estimator_, X)
+        return said, self._keys(X, said)
+
+    def _keys(self, X: Any, said: Float[ndarray, "q c"]) -> Keys:
+        keys = self._embedding.keys(X, self.estimator_, said)
+        return keys if self._metric is None else keys @ self._metric
+
+    # ------------------------------------------------------------------ what scikit-learn asks for
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        state.pop("_knn", None)  # made again from the memory
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "memory_" in state:
+            self._knn = self.setting_.knn(self.memory_, index=self.index)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "memory_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        inner = get_tags(self.estimator)
+        tags.input_tags = copy.copy(inner.input_tags)
+        tags.target_tags.required = True
+        tags.non_deterministic = inner.non_deterministic
+        tags.array_api_support = False
+        return tags
+
+    def get_metadata_routing(self) -> MetadataRouter:
+        """What goes where: `fit` parameters to the base, groups to the splitter."""
+        to_fit = MethodMapping().add(caller="fit", callee="fit").add(caller="partial_fit", callee="fit")
+        to_split = MethodMapping().add(caller="fit", callee="split").add(caller="partial_fit", callee="split")
+        router = MetadataRouter(owner=self).add_self_request(self).add(estimator=self.estimator, method_mapping=to_fit)
+        splitter = check_cv(self.cv, classifier=self._task == "classification")
+        return router.add(splitter=splitter, method_mapping=to_split)
+
+    def _routed(self, fit_params: dict[str, Any], groups: Any) -> Bunch:
+        if routing_enabled():
+            more = {} if groups is None else {"groups": groups}
+            return process_routing(self, "fit", **fit_params, **more)
+        split = {} if groups is None else {"groups": groups}
+        return Bunch(estimator=Bunch(fit=fit_params), splitter=Bunch(split=split))
+
+    # ------------------------------------------------------------------ inside
+
+    def _checked_options(self) -> Grid:
+        """Refuse options that cannot be used, and narrow the grid to those that are given."""
+        if self.residuals not in RESIDUALS:
+            raise InvalidInput(f"residuals is {self.residuals!r}, expected one of {', '.join(map(repr, RESIDUALS))}")
+        if self.metric not in METRICS:
+            raise InvalidInput(f"metric is {self.metric!r}, expected 'auto', None, 'diagonal' or 'full'")
+        embedding_named("input" if self.embed in (None, "auto") else self.embed, classifier=True)
+        given: dict[str, Any] = {}
+        if self.n_neighbors != "auto":
+            k = as_count("n_neighbors", self.n_neighbors)
+            given |= {"n_neighbors": (k,), "kriging_neighbors": (k,)}
+        if self.bandwidth != "auto":
+            given |= {"bandwidths": (as_positive("bandwidth", self.bandwidth),), "absolute": True}
+            given |= {"ranges": given["bandwidths"], "kernels": ("exponential",)}
+        if self.temperature != "auto":
+            given["temperatures"] = (as_positive("temperature", self.temperature),)
+        if self.shrinkage != "auto":
+            if (amount := _number("shrinkage", self.shrinkage)) < 0:
+                raise InvalidInput(f"shrinkage is {amount:g}, expected a number from 0, or 'auto'")
+            given |= {"shrinkages": (amount,), "residual_shares": (1.0,)}
+        if self.residual_share != "auto":
+            given["residual_shares"] = (as_fraction("residual_share", self.residual_share),)
+        if self.kernel != "auto":
+            given["kernels"] = (self.kernel,)
+        if self.max_distance not in (None, "auto"):
+            as_positive("max_distance", self.max_distance)
+        return Grid(**given)
+
+    def _seed(self) -> int:
+        if self.random_state is None or isinstance(self.random_state, int | np.integer):
+            return int(self.random_state or 0)
+        return int(copy.deepcopy(self.random_state).randint(2**31))
+
+    @staticmethod
+    def _as_rows(X: Any) -> Any:
+        """Tables that have rows as they are, everything else as an array."""
+        if issparse(X):
+            return X.tocsr()
+        rows = X if isinstance(X, ndarray) or hasattr(X, "columns") else np.asarray(X)
+        if np.ndim(rows) != 2:
+            raise InvalidInput(
+                f"X has shape {np.shape(rows)}, expected two axes: rows and columns. Reshape your data by "
+                "X.reshape(-1, 1) if it has one column, or X.reshape(1, -1) if it is one row"
+            )
+        return rows
+
+    def _warn_without_energy(self, targets: Shaped[ndarray, "m ..."], said: Float[ndarray, "m c"]) -> None:
+        if self.residuals == "out_of_fold" and not isinstance(self.estimator, FrozenEstimator):
+            return
+        if self._task == "classification":
+            labels = np.eye(said.shape[1])[targets]
+            energy, size = np.square(labels - said).sum(axis=1).mean(), 1 - np.square(labels.mean(axis=0)).sum()
+        else:
+            energy, size = np.square(targets - said).mean(), targets.var(axis=0).mean()
+        if energy <= NO_ENERGY * size:
+            warnings.warn(
+                f"the residuals hold {energy / size if size else 0:.2g} of the labels' variance: the base knows these "
+                "rows by heart, so there is nothing to memorize; use residuals='out_of_fold', or rows that the base "
+                "was not fitted on",
+                InSampleResiduals,
+                stacklevel=3,
+            )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{name} is {value!r}, expected a number, or 'auto'") from None
+    if not np.isfinite(number):
+        raise InvalidInput(f"{name} is {number}, expected a finite number, or 'auto'")
+    return number
+
+
+def _fitted(estimator: Any, X: Any, y: Any, rows: Int64[ndarray, " r"], params: Mapping[str, Any]) -> Any:
+    return clone(estimator).fit(rows_of(X, rows), rows_of(y, rows), **params_of_rows(X, params, indices=rows))
+
+
+def _enough(splits: list[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, ndarray]]:
+    """As many folds as give enough rows to tune on."""
+    totals = np.cumsum([len(held) for _, held in splits])
+    return splits[: int(np.searchsorted(totals, TUNING_ROWS)) + 1]
+
+
+def _weightless(fit_params: Mapping[str, Any], n_rows: int) -> Bool[ndarray, " n"] | None:
+    weights = fit_params.get("sample_weight")
+    if weights is None or np.shape(weights) != (n_rows,):
+        return None
+    none = np.asarray(weights) == 0
+    return none if none.any() and not none.all() else None
+
+
+def _without(seen: _Observed, gone: Bool[ndarray, " n"]) -> _Observed:
+    """The same without some of the rows."""
+    kept = ~gone[seen.rows]
+    place = np.where(kept, np.cumsum(kept) - 1, -1)
+
+    def moved(rows: Int64[ndarray, " r"]) -> Int64[ndarray, " s"]:
+        return place[rows][place[rows] >= 0]
+
+    folds = [(moved(queries), moved(usable)) for queries, usable in seen.folds]
+    return _Observed(seen.rows[kept], seen.predictions[kept], folds, seen.models)
+
+
+class ResMemRegressor(RegressorMixin, _ResMem):
+    """A regressor with a memory of what it could not learn: prediction + weighted residuals of the nearest rows.
+
+    Parameters
+    ----------
+    estimator : any regressor, of one output or several; a `FrozenEstimator` is used as it is, and the rows given to
+        `fit` are then only remembered: give it rows that it was not fitted on.
+    embed : what keys are made of: "input" (columns of any kind, scaled), "hidden" (last hidden layer of an MLP),
+        "leaves" (of forests and boosted trees), "predict", a transformer, or a function of the rows. None and
+        "auto" choose by held-out loss among "input" and what the base has.
+    metric : on keys that did not see labels: None is Euclidean, "diagonal" weighs their numbers by learning, "full"
+        mixes them too, "auto" chooses. Where the bandwidth is a number, distances are left as they are.
+    n_neighbors, bandwidth, kernel, temperature, shrinkage, residual_share, max_distance : as in `ResidualKNN`,
+        `correct` and `Setting`; "auto" chooses by held-out loss, and takes a shrinkage of 0 where the memory does not
+        help. Where shrinkage is a number, the residual share is 1, the paper's, unless it is given; where the
+        bandwidth is a number, the kernel is "exponential", likewise. A `max_distance` of "auto" lets the base stand
+        alone beyond all that was seen in `fit`; None sets no limit.
+    residuals : "out_of_fold" takes the predictions of the folds' models; "in_sample" those of the base on its own
+        training rows, as the paper does, right for a base that does not know them by heart; "held_out" fits the base
+        without the first fold and remembers that one alone.
+    cv : number of folds, a splitter, or splits. Folds of a number are shuffled.
+    index : as in `ResidualKNN`.
+    memory : directory for the memory, new or empty; None keeps it in RAM.
+    n_jobs : folds fitted at a time.
+    random_state : of folds and samples; None is the same every time.
+
+    Attributes
+    ----------
+    estimator_ : the fitted base.
+    memory_ : the `Memory`.
+    setting_ : the `Setting`, with bandwidths as distances.
+    keys_ : which keys were chosen.
+    evaluation_ : base, memory-only and corrected on held-out rows, cross-fitted; None with too few rows.
+    verdict_ : what that comes to, in one line.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> ResMemRegressor(Ridge()).fit(X, y).predict(X[:2]).shape
+    (2,)
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023. Quinlan, "Combining instance-based
+    and model-based learning", ICML 1993.
+    """
+
+    _task = "regression"
+
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Corrected values, shaped as `y` was.
+
+        Parameters
+        ----------
+        return_std : give also an estimate of each error: the neighbours' mean absolute residual, scaled so that 95 %
+            of the held-out rows of `fit` lie within 1.96 of it.
+
+        Raises
+        ------
+        InvalidInput : if an error estimate is asked for that was fitted on too few rows.
+        """
+        said, keys = self._queries(X)
+        found = self._knn.look_up(keys, labels=self.setting_.residual_share != 1)
+        values = self._shaped(self.setting_.corrected(said, found, "regression")[1])
+        if not return_std:
+            return values
+        if self._error_scale is None:
+            raise InvalidInput(
+                f"the memory was fitted on {len(self.memory_)} rows, too few to tell its errors; "
+                f"fit at least {FEWEST_ROWS}"
+            )
+        factor, offset = self._error_scale
+        spread = np.nan_to_num(self._knn.spread(keys), nan=np.inf)
+        return values, self._shaped(factor * (spread + offset))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags = copy.copy(get_tags(self.estimator).target_tags)
+        tags.target_tags.required = True
+        tags.regressor_tags = copy.copy(get_tags(self.estimator).regressor_tags)
+        return tags
+
+    def _checked_labels(self, y: Any) -> Any:
+        values = check_array(y, ensure_2d=False, dtype="numeric", input_name="y", estimator=self)
+        if values.dtype.kind not in "iufb":
+            raise InvalidInput(f"y holds {values.dtype}, expected numbers")
+        if values.ndim == 2 and values.shape[1] == 1 and not get_tags(self.estimator).target_tags.multi_output:
+            values = column_or_1d(values, warn=True)
+        if values.ndim > 2:
+            raise InvalidInput(f"y has shape {values.shape}, expected one value a row, or one row of values")
+        self._flat = values.ndim == 1
+        self._n_outputs = 1 if self._flat else values.shape[1]
+        return values
+
+    def _targets_of(self, y: Any) -> Float[ndarray, "n c"]:
+        return np.asarray(y, np.float64).reshape(-1, self._n_outputs)
+
+    def _further_targets(self, y: Any) -> Float[ndarray, "n c"]:
+        values = np.asarray(check_array(y, ensure_2d=False, dtype="numeric", input_name="y", estimator=self))
+        if values.ndim > 2 or values.size != len(values) * self._n_outputs:
+            raise InvalidInput(f"y has shape {values.shape}, expected {self._n_outputs} values a row")
+        return np.asarray(values, np.float64).reshape(-1, self._n_outputs)
+
+    def _said(self, model: Any, X: Any) -> Float[ndarray, "n c"]:
+        return np.asarray(model.predict(X), np.float64).reshape(-1, self._n_outputs)
+
+    def _class_names(self) -> None:
+        return None
+
+    def _shaped(self, values: Float[ndarray, "q c"]) -> Float[ndarray, "q ..."]:
+        return values[:, 0] if self._flat else values
+
+    def _in_order(self, values: Float[ndarray, "... c"]) -> Float[ndarray, "... c"]:
+        return values
+
+    def _issues(
+        self,
+        keys: Keys,
+        said: Float[ndarray, "n c"],
+        targets: Float[ndarray, "n c"],
+        ids: Shaped[ndarray, " n"],
+    ) -> dict[str, Any]:
+        found = self._knn.look_up(keys, ids, labels=True)
+        amount = self.setting_.shrinkage or 1.0
+        suggestion = correct(said, found.correction(said, self.setting_.residual_share), amount)
+        error = targets - suggestion
+        spread = np.maximum(self._knn.spread(keys, ids), np.finfo(float).tiny)
+        scale = np.median(np.abs(error) / spread, axis=0) / 0.6745
+        score = (np.abs(error) / (spread * np.where(scale > 0, scale, 1.0))).max(axis=1)
+        _, parts = self._knn.contributions(keys, ids)
+        same = (np.sign(parts) == np.sign(targets - said)[:, None]).mean(axis=(1, 2))
+        return {
+            "label": self._listed(targets),
+            "suggestion": self._listed(suggestion),
+            "score": score,
+            "agreement": same,
+        }
+
+    def _listed(self, values: Float[ndarray, "n c"]) -> Any:
+        return values[:, 0] if self._n_outputs == 1 else list(values)
+
+
+class ResMemClassifier(ClassifierMixin, _ResMem):
+    """A classifier with a memory of what it could not learn: probabilities + weighted residuals of the nearest rows.
+
+    Parameters
+    ----------
+    estimator : any classifier with `predict_proba`; with `decision_function` alone, its scores go through a softmax,
+        and a warning says so. A `FrozenEstimator` is used as it is, and the rows given to `fit` are then only
+        remembered: give it rows that it was not fitted on.
+    embed : as in `ResMemRegressor`, and "predict_proba".
+    metric, n_neighbors, bandwidth, kernel, temperature, shrinkage, residual_share, max_distance, residuals, cv, index,
+        memory, n_jobs, random_state : as in `ResMemRegressor`. Settings are chosen by log-loss.
+
+    Attributes
+    ----------
+    classes_ : the labels, in the order of all columns.
+    estimator_, memory_, setting_, keys_, evaluation_, verdict_ : as in `ResMemRegressor`; in the evaluation the base is
+        at its own best temperature, so that the memory gets no credit for calibration alone.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_wine
+    >>> from sklearn.naive_bayes import GaussianNB
+    >>> X, y = load_wine(return_X_y=True)
+    >>> ResMemClassifier(GaussianNB()).fit(X, y).predict_proba(X[:2]).shape
+    (2, 3)
+
+    References
+    ----------
+    Yang et al., "ResMem: Learn what you can and memorize the rest", NeurIPS 2023.
+    """
+
+    _task = "classification"
+
+    def predict(self, X: Any) -> Shaped[ndarray, " q"]:
+        """The labels of the largest corrected score."""
+        _, scores = self._scores(X)
+        return self.classes_[self._in_order(scores).argmax(axis=1)]
+
+    def predict_proba(self, X: Any) -> Float[ndarray, "q c"]:
+        """Valid corrected probabilities, columns as in `classes_`, none below a hundredth of 1 / classes.
+
+        They grow with the scores of `decision_function`. A memory that does not help, or is empty, leaves the base's
+        own, to the last bit.
+        """
+        said, scores = self._scores(X)
+        if not self.setting_.shrinkage or not len(self.memory_):
+            return self._in_order(said)
+        untouched = (scores == said).all(axis=1)
+        kept = untouched & (said.min(axis=1) >= PROBABILITY_FLOOR / said.shape[1])
+        return self._in_order(np.where(kept[:, None], said, valid_probabilities(scores)))
+
+    def predict_log_proba(self, X: Any) -> Float[ndarray, "q c"]:
+        """Logarithms of `predict_proba`; −inf where the base gives 0 and the memory adds nothing."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.predict_proba(X))
+
+    def decision_function(self, X: Any) -> Float[ndarray, "q ..."]:
+        """Corrected scores as they are: base probabilities + correction, which sum to 1 but may be negative.
+
+        Of two classes the difference of the second and the first.
+        """
+        _, scores = self._scores(X)
+        ordered = self._in_order(scores)
+        return ordered[:, 1] - ordered[:, 0] if ordered.shape[1] == 2 else ordered
+
+    def _scores(self, X: Any) -> tuple[Float[ndarray, "q c"], Float[ndarray, "q c"]]:
+        """The base's probabilities and the corrected scores, in the memory's order of classes."""
+        said, keys = self._queries(X)
+        if not self.setting_.shrinkage:
+            return said, said
+        found = self._knn.look_up(keys, labels=self.setting_.residual_share != 1)
+        base, scores = self.setting_.corrected(said, found, "classification")
+        return said, np.where((scores == base).all(axis=1)[:, None], said, scores)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags = copy.copy(get_tags(self.estimator).classifier_tags)
+        if tags.classifier_tags is not None:
+            tags.classifier_tags.multi_label = False
+        tags.target_tags.multi_output = False
+        return tags
+
+    def _checked_labels(self, y: Any) -> Any:
+        y = np.asarray(y)
+        assert_all_finite(y, input_name="y")
+        kind = type_of_target(y, input_name="y")
+        if kind in ("multilabel-indicator", "multiclass-multioutput"):
+            raise InvalidInput(
+                f"y is {kind}, but a memory of classes holds one label a row; fit one ResMemClassifier a column, "
+                "for example by sklearn.multioutput.MultiOutputClassifier"
+            )
+        check_classification_targets(y)
+        if np.ndim(y) == 2:
+            warnings.warn(
+                "A column-vector y was passed when a 1d array was expected. Please change the shape of y to "
+                "(n_samples,), for example using ravel().",
+                DataConversionWarning,
+                stacklevel=3,
+            )
+        labels = column_or_1d(y)
+        self.classes_ = np.unique(labels)
+        expected = getattr(self, "_expected", None)
+        if expected is not None:
+            if len(missing := np.setdiff1d(self.classes_, expected)):
+                raise InvalidInput(f"y holds {missing[0]!r}, which is not among the classes that were given")
+            self.classes_ = expected
+        self._order = np.arange(len(self.classes_))  # of the memory's columns
+        self._n_outputs = len(self.classes_)
+        return labels
+
+    def _targets_of(self, y: Any) -> Int64[ndarray, " n"]:
+        """Columns of the memory."""
+        places = np.searchsorted(self.classes_, y)
+        inverse = np.empty(len(self._order), np.int64)
+        inverse[self._order] = np.arange(len(self._order))
+        return self._order[places] if len(self._order) else places
+
+    def _further_targets(self, y: Any) -> Int64[ndarray, " n"]:
+        check_classification_targets(y)
+        labels = column_or_1d(y)
+        fresh = np.setdiff1d(labels, self.classes_)
+        if len(fresh):
+            self._make_room(fresh)
+        return self._targets_of(labels)
+
+    def _make_room(self, fresh: Shaped[ndarray, " f"]) -> None:
+        """Columns for labels that never came before: the memory in RAM is made anew, wider."""
+        if self.memory_.path is not None:
+            raise InvalidInput(
+                f"y holds {fresh[0]!r}, for which the memory at {self.memory_.path} has no room; name all labels in "
+                "`classes` of the first partial_fit, or keep the memory in RAM"
+            )
+        columns = np.concatenate([self._order, np.arange(self._n_outputs, self._n_outputs + len(fresh))])
+        classes = np.concatenate([self.classes_, fresh])
+        order = np.argsort(classes)
+        wider = _widened(self.memory_, [str(name) for name in self._by_column(classes, columns)])
+        self.classes_, self._order = classes[order], columns[order]
+        self._n_outputs = len(classes)
+        self.memory_ = wider
+        self._knn = self.setting_.knn(wider, index=self.index)
+
+    @staticmethod
+    def _by_column(classes: Shaped[ndarray, " c"], columns: Int64[ndarray, " c"]) -> Shaped[ndarray, " c"]:
+        return classes[np.argsort(columns)]
+
+    def _said(self, model: Any, X: Any) -> Float[ndarray, "n c"]:
+        """Probabilities, a column for each of the memory's classes."""
+        given = np.asarray(_probabilities(model, X), np.float64)
+        said = np.zeros((len(given), self._n_outputs))
+        places = np.searchsorted(self.classes_, model.classes_)
+        known = np.isin(model.classes_, self.classes_)
+        if not known.all():
+            raise InvalidInput(
+                f"the base predicts {np.asarray(model.classes_)[~known][0]!r}, which is no label of y; "
+                "give rows of all its classes, or name them in `classes` of partial_fit"
+            )
+        said[:, self._order[places]] = given
+        return said
+
+    def _class_names(self) -> list[str]:
+        return [str(name) for name in self.classes_]
+
+    def _in_order(self, values: Float[ndarray, "... c"]) -> Float[ndarray, "... c"]:
+        return values[..., self._order]
+
+    def _issues(
+        self, keys: Keys, said: Float[ndarray, "n c"], targets: Int64[ndarray, " n"], ids: Shaped[ndarray, " n"]
+    ) -> dict[str, Any]:
+        near = np.clip(self._knn.memory_only(keys, ids), 0, 1)
+        both = (said + near) / 2
+        rows, labels = np.arange(len(targets)), self._by_column(self.classes_, self._order)
+        return {
+            "label": labels[targets],
+            "suggestion": labels[both.argmax(axis=1)],
+            "score": 1 - both[rows, targets],
+            "agreement": near[rows, targets],
+        }
+
+
+def _probabilities(model: Any, X: Any) -> Float[ndarray, "n c"]:
+    if hasattr(model, "predict_proba"):
+        return model.predict_proba(X)
+    if not hasattr(model, "decision_function"):
+        raise InvalidInput(
+            f"{type(model).__name__} has neither predict_proba nor decision_function, so it leaves no residuals; "
+            "wrap it in sklearn.calibration.CalibratedClassifierCV"
+        )
+    warnings.warn(
+        f"{type(model).__name__} gives no probabilities, so its scores went through a softmax; "
+        "sklearn.calibration.CalibratedClassifierCV gives better ones",
+        UncalibratedScores,
+        stacklevel=4,
+    )
+    scores = np.asarray(model.decision_function(X), np.float64)
+    scores = np.column_stack([-scores / 2, scores / 2]) if scores.ndim == 1 else scores
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def _widened(memory: Memory, names: list[str]) -> Memory:
+    """The same rows with room for more classes."""
+    snapshot, layout = memory.snapshot, memory.layout
+    wider = Memory.create(
+        dim=layout.dim,
+        n_outputs=len(names),
+        class_names=names,
+        key_dtype=layout.key_dtype,
+        prediction_dtype=layout.prediction_dtype,
+    )
+    rows = np.flatnonzero(snapshot.alive)
+    groups = snapshot.all_groups
+    wider.append(
+        snapshot.keys.take(rows),
+        snapshot.targets(rows),
+        snapshot.predictions(rows),
+        snapshot.ids,
+        None if groups is None else groups[rows],
+    )
+    if memory.setting is not None:
+        wider.save_setting(memory.setting)
+    return wider
