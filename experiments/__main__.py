@@ -10,6 +10,7 @@ RECIPES = {
     "linear-regression": "experiments.linear_regression",
     "roses": "experiments.cifar100.roses",
     "sample-size": "experiments.cifar100.sample_size",
+    "tabular": "experiments.tabular",
 }
 
 

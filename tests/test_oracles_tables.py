@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cubist import Cubist  # type: ignore[import-untyped]
+from cubist import Cubist
 from numpy import ndarray
-from pykrige import ck, rk  # type: ignore[import-untyped]
+from pykrige import ck, rk
 from sklearn.linear_model import LinearRegression
 from sklearn.naive_bayes import GaussianNB
 
@@ -22,7 +22,7 @@ def propagated(problem: Problem, knn: ResidualKNN, shrinkage: float) -> ndarray:
 
     Weights that are given are used as they are, not normalised by degree; the arithmetic is that of `said`, float64.
     """
-    from torch_geometric.nn import CorrectAndSmooth  # type: ignore[import-untyped]
+    from torch_geometric.nn import CorrectAndSmooth
 
     found = knn.neighbors(problem.queries)
     queries = np.broadcast_to(N + np.arange(Q)[:, None], found.ids.shape)

@@ -5,7 +5,6 @@ many rooms the block has in all. The metric is learned by the loss of the memory
 corrected by their neighbours, and the columns weighted (or mixed) so that the corrected prediction comes out best.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,10 +23,10 @@ Shape = Literal["diagonal", "full"]
 
 N_NEIGHBORS = 32
 MAX_ROWS = 50_000  # that neighbours are looked for among
-MAX_QUERIES = {"diagonal": 3_000, "full": 10_000}  # more numbers to learn need more rows to learn them from
-DIFFERENCE_BYTES = 128 << 20  # of the differences between queries and their neighbours
+MAX_QUERIES = {"diagonal": 3_000, "full": 6_000}  # more numbers to learn need more rows to learn them from
+DIFFERENCE_BYTES = 48 << 20  # of the differences between queries and their neighbours
 ROUNDS = {"diagonal": 3, "full": 2}  # of finding neighbours and learning from them
-STEPS = 40  # of the minimiser in a round
+STEPS = 30  # of the minimiser in a round
 PENALTY = 1e-4  # keeps columns that tell nothing near the weight that they had
 SMALLEST_DISTANCE = 1e-6  # below it the slope of a distance is not followed
 SMALLEST_PROBABILITY = 1e-3
@@ -87,6 +86,7 @@ def learn_metric(
     shape: Shape,
     *,
     start: Float[ndarray, "d d"] | None = None,
+    n_rounds: int | None = None,
     groups: Shaped[ndarray, " n"] | None = None,
     seed: int = 0,
 ) -> Float[ndarray, "d d"]:
@@ -97,7 +97,9 @@ def learn_metric(
     keys : finite, in comparable units.
     lesson : labels and base predictions that did not see them.
     shape : "diagonal" weighs the columns, "full" mixes them too.
-    start : a metric to begin from; None starts from equal weights, and a full one from the diagonal one.
+    start : a metric of this shape or a simpler one to begin from; None starts from equal weights, and a full one from
+        the diagonal one.
+    n_rounds : of finding neighbours and learning from them; None takes what a metric from nothing needs.
     groups : rows of one group are not used for each other.
     seed : of the rows that are drawn where there are many.
 
@@ -121,13 +123,13 @@ def learn_metric(
     d, k = keys.shape[1], min(N_NEIGHBORS, len(keys) - 1)
     if k < 2:
         return np.eye(d) if start is None else start
-    n_queries = min(len(keys), MAX_QUERIES[shape], max(1, DIFFERENCE_BYTES // (8 * k * d)))
+    n_queries = min(len(keys), MAX_QUERIES[shape], max(1, DIFFERENCE_BYTES // (4 * k * d)))
     queries = np.sort(random.choice(len(keys), n_queries, replace=False))
     metric = np.eye(d) if start is None else start
     if start is None:
         typical = float(np.median(_neighbors(keys, queries, k, groups).farthest))
         metric = np.eye(d) * (1.5 / typical if 0 < typical < np.inf else 1.0)
-    for _ in range(ROUNDS[shape]):
+    for _ in range(ROUNDS[shape] if n_rounds is None else n_rounds):
         found = _neighbors(keys @ metric, queries, k, groups)
         metric = _improved(metric, shape, keys, lesson, queries, found)
     return metric
@@ -144,6 +146,56 @@ def _neighbors(
     )
 
 
+class _Weighed:
+    """Distances under a diagonal metric; the parameters are logarithms of what its weights are multiplied by."""
+
+    def __init__(self, metric: Float[ndarray, "d d"], differences: Float32[ndarray, "q k d"]) -> None:
+        self._start = np.diag(metric)
+        self.n_parameters = len(metric)
+        self._squares = np.square(differences).reshape(-1, len(metric))
+        self._shape = differences.shape[:2]
+
+    def metric(self, parameters: Float[ndarray, " p"]) -> Float[ndarray, "d d"]:
+        return np.diag(self._start * np.exp(np.clip(parameters, -10, 10)))
+
+    def distances(self, parameters: Float[ndarray, " p"]) -> Float[ndarray, "q k"]:
+        weights = np.diag(self.metric(parameters)) ** 2
+        return np.sqrt((self._squares @ weights.astype(np.float32)).astype(np.float64)).reshape(self._shape)
+
+    def slope(
+        self, parameters: Float[ndarray, " p"], along: Float[ndarray, "q k"], distances: Float[ndarray, "q k"]
+    ) -> Float[ndarray, " p"]:
+        """Along the parameters, from that along the distances."""
+        factors = (along / np.maximum(distances, SMALLEST_DISTANCE)).ravel().astype(np.float32)
+        return np.diag(self.metric(parameters)) ** 2 * (factors @ self._squares)
+
+
+class _Mixed:
+    """Distances under a full metric; the parameters are added to it, each row in units of its length."""
+
+    def __init__(self, metric: Float[ndarray, "d d"], differences: Float32[ndarray, "q k d"]) -> None:
+        self._start = metric
+        self.n_parameters = metric.size
+        self._scales = np.sqrt(np.square(metric).sum(axis=1, keepdims=True))
+        self._differences = differences.reshape(-1, len(metric))
+        self._shape = differences.shape[:2]
+        self._placed = self._differences
+
+    def metric(self, parameters: Float[ndarray, " p"]) -> Float[ndarray, "d d"]:
+        return self._start + self._scales * parameters.reshape(self._start.shape)
+
+    def distances(self, parameters: Float[ndarray, " p"]) -> Float[ndarray, "q k"]:
+        self._placed = self._differences @ self.metric(parameters).astype(np.float32)
+        return np.sqrt(np.einsum("ne,ne->n", self._placed, self._placed).astype(np.float64)).reshape(self._shape)
+
+    def slope(
+        self, parameters: Float[ndarray, " p"], along: Float[ndarray, "q k"], distances: Float[ndarray, "q k"]
+    ) -> Float[ndarray, " p"]:
+        """Along the parameters whose distances were asked for last, from that along the distances."""
+        factors = (along / np.maximum(distances, SMALLEST_DISTANCE)).reshape(-1, 1).astype(np.float32)
+        return (self._scales * (self._differences.T @ (self._placed * factors))).ravel().astype(np.float64)
+
+
 def _improved(
     metric: Float[ndarray, "d d"],
     shape: Shape,
@@ -155,62 +207,39 @@ def _improved(
     """The metric that does best with these neighbours."""
     from scipy.optimize import minimize
 
-    present = np.isfinite(found.distances)
-    rows = np.maximum(found.rows, 0)
-    differences = (keys[queries][:, None] - keys[rows]).astype(np.float32)
+    present, rows = np.isfinite(found.distances), np.maximum(found.rows, 0)
+    differences = keys[queries].astype(np.float32)[:, None] - keys.astype(np.float32)[rows]
+    space = _Weighed(metric, differences) if shape == "diagonal" else _Mixed(metric, differences)
     said, labels, drift = lesson.at_label(queries, rows)
     wanted = lesson.targets[queries] - said if lesson.task == "regression" else 1 - said
     size = max(float(np.square(wanted).mean()), 1e-12) if lesson.task == "regression" else 1.0
-    scales = np.sqrt(np.square(metric).sum(axis=1, keepdims=True))
-
-    def placed(parameters: Float[ndarray, " p"]) -> Float[ndarray, "d d"]:
-        if shape == "diagonal":
-            return metric * np.exp(np.clip(parameters, -10, 10))[:, None]
-        return metric + scales * parameters.reshape(metric.shape)
 
     def loss_and_slope(parameters: Float[ndarray, " p"]) -> tuple[float, Float[ndarray, " p"]]:
-        amount, share = 1 / (
-            1 + np.exp(-np.clip(parameters[:2], -30, 30))
-        )  # shrinkage and residual share, learned beside the metric
-        moved = placed(parameters[2:])
-        weights, slope_of = _weights_and_slope(differences, present, moved)
+        # The shrinkage and the residual share are learned beside the metric. For classes the share is 0: only then do
+        # the corrected probabilities of all classes sum to 1 without one below 0, and the label's alone tells the loss.
+        amount, share = 1 / (1 + np.exp(-np.clip(parameters[:2], -30, 30))) * (1, lesson.task == "regression")
+        distances = space.distances(parameters[2:])
+        weights = _softmax(np.where(present, -distances, -np.inf))
         each = labels - share * drift
         correction = np.einsum("qk,qko->qo", weights, each)
         loss, pull = _loss(lesson.task, wanted, said, amount * correction, size)
         along_weights = amount * np.einsum("qo,qko->qk", pull, each)
         along_distances = weights * ((weights * along_weights).sum(axis=1, keepdims=True) - along_weights)
-        along_metric = slope_of(along_distances)
         along_amount = float((pull * correction).sum()) * amount * (1 - amount)
         along_share = -amount * float(np.einsum("qo,qk,qko->", pull, weights, drift)) * share * (1 - share)
-        inner = (along_metric * moved).sum(axis=1) if shape == "diagonal" else (along_metric * scales).ravel()
-        centred = parameters[2:]
-        slope = np.concatenate([[along_amount, along_share], inner + 2 * PENALTY * centred])
-        return loss + PENALTY * float(np.square(centred).sum()), slope
+        slope = space.slope(parameters[2:], along_distances, distances) + 2 * PENALTY * parameters[2:]
+        loss += PENALTY * float(np.square(parameters[2:]).sum())
+        return loss, np.concatenate([[along_amount, along_share], slope])
 
-    n_parameters = len(metric) if shape == "diagonal" else metric.size
-    begun = np.concatenate([[1.0, 0.0], np.zeros(n_parameters)])
+    begun = np.concatenate([[1.0, 0.0], np.zeros(space.n_parameters)])
     best = minimize(loss_and_slope, begun, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
-    return placed(best.x[2:])
+    return space.metric(best.x[2:])
 
 
-def _weights_and_slope(
-    differences: Float32[ndarray, "q k d"], present: Shaped[ndarray, "q k"], metric: Float[ndarray, "d d"]
-) -> tuple[Float[ndarray, "q k"], Callable[[ndarray], Float[ndarray, "d d"]]]:
-    """Softmax of minus the distances, and from the loss's slope along distances to that along the metric."""
-    q, k, d = differences.shape
-    flat = differences.reshape(q * k, d)
-    placed = flat @ metric.astype(np.float32)
-    distances = np.sqrt(np.einsum("ne,ne->n", placed, placed).astype(np.float64)).reshape(q, k)
-    nearness = np.where(present, -distances, -np.inf)
-    nearness -= np.maximum(nearness.max(axis=1, keepdims=True), -1e300)
-    weights = np.exp(nearness)
-    weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
-
-    def slope_of(along: Float[ndarray, "q k"]) -> Float[ndarray, "d d"]:
-        factors = (along / np.maximum(distances, SMALLEST_DISTANCE)).reshape(-1, 1).astype(np.float32)
-        return (flat.T @ (placed * factors)).astype(np.float64)
-
-    return weights, slope_of
+def _softmax(scores: Float[ndarray, "q k"]) -> Float[ndarray, "q k"]:
+    """Weights that sum to 1; none where all scores are −∞."""
+    weights = np.exp(scores - np.maximum(scores.max(axis=1, keepdims=True), -1e300))
+    return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
 
 
 def _loss(

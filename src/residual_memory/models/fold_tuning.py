@@ -1,11 +1,11 @@
 """Choose keys and a setting for the rows of a table by folds: the rows of a fold are corrected by those of the others.
 
-Losses are reckoned at one number an output: the value of a regression, the probability of the row's own class. So a
-setting costs a product of two numbers a row, however many classes there are, and thousands can be tried. The figures of
-the verdict are measured on whole predictions, each fifth of the rows with what the other four fifths chose.
+Thousands of settings are tried for the price of a few: by squared error, which for classes is the Brier score, the loss
+of a row is a quadratic form in the shrinkage and the residual share. The figures of the verdict, of classes log-losses,
+are measured on whole predictions, each fifth of the rows with what the other four fifths chose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from numpy import ndarray
 
-from residual_memory.correction import Averages, neighbor_weights, to_probabilities
+from residual_memory.correction import neighbor_weights, to_probabilities
 from residual_memory.evaluation import Evaluation, Setting, summarize
 from residual_memory.indexes.base import nearest
 from residual_memory.indexes.distances import distances_among
@@ -23,9 +23,9 @@ from residual_memory.indexes.registry import IndexSpec, build_index
 from residual_memory.kernels import KRIGING
 from residual_memory.memory import Column
 from residual_memory.metric_learning import Lesson
-from residual_memory.metrics import Z95, log_losses, squared_errors
+from residual_memory.metrics import Z95, correctness, log_losses, mean_interval, squared_errors
 from residual_memory.tuning import row_folds
-from residual_memory.types import Neighbors, Task
+from residual_memory.types import Neighbors
 
 PROBABILITY_FLOOR = 0.01  # of 1 / classes: no corrected probability falls below it, so that log-loss stays finite
 BLOCK_BYTES = 64 << 20
@@ -43,7 +43,7 @@ class Grid:
     absolute : bandwidths and ranges are distances, and no multiples.
     """
 
-    n_neighbors: tuple[int, ...] = (5, 10, 20, 50, 100)
+    n_neighbors: tuple[int, ...] = (3, 5, 10, 20, 50, 100)
     bandwidths: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 1.0)
     kernels: tuple[str, ...] = ("exponential", KRIGING)
     kriging_neighbors: tuple[int, ...] = (50,)
@@ -53,6 +53,11 @@ class Grid:
     shrinkages: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
     residual_shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     absolute: bool = False
+
+    @property
+    def amounts(self) -> list[tuple[float, float]]:
+        """Every residual share and shrinkage."""
+        return list(product(self.residual_shares, self.shrinkages))
 
     def most_neighbors(self, n_rows: int) -> int:
         """The largest k that there are rows for."""
@@ -129,54 +134,76 @@ class Fold:
     @cached_property
     def usual(self) -> Float[ndarray, " c"]:
         """What the rows' labels are on average: what a memory alone says where it knows nothing."""
-        if self.rows.task == "regression":
-            return np.asarray(self.rows.targets).mean(axis=0)
-        return np.bincount(self.rows.targets, minlength=self.rows.predictions.shape[1]) / len(self.rows.targets)
+        return self.targets(np.arange(len(self.rows.predictions))).mean(axis=0)
 
-    def at_label(
-        self, shapes: Sequence[Setting], temperature: float
-    ) -> tuple[Float[ndarray, "q o"], Float[ndarray, "q s o"], Float[ndarray, "q s o"], Float[ndarray, "q s"]]:
-        """The base, Σ w label and Σ w prediction less the base, and Σ w, at what is to be predicted."""
+    def targets(self, rows: Int64[ndarray, "..."]) -> Float[ndarray, "... c"]:
+        """Values, or onehot(label)."""
+        targets = self.rows.targets[rows]
+        if self.rows.task == "regression":
+            return targets
+        return (targets[..., None] == np.arange(self.rows.predictions.shape[1])).astype(float)
+
+    def averages(
+        self, shapes: Sequence[Setting], temperature: float = 1.0, chosen: Bool[ndarray, " q"] | None = None
+    ) -> Iterator[tuple[Int64[ndarray, " r"], "Said"]]:
+        """What the base, and the neighbours under each shape, say of the queries (or some of them), piece by piece."""
         rows, placed = self.rows.at_temperature(temperature), [self.placed(shape) for shape in shapes]
-        n, k = self.found.rows.shape
-        parts = []
-        for here in _pieces(n, 8 * k * (len(shapes) + k)):
+        places = np.arange(len(self.queries)) if chosen is None else np.flatnonzero(chosen)
+        k, n_outputs = self.found.rows.shape[1], rows.predictions.shape[1]
+        step = max(1, BLOCK_BYTES // (8 * (k * (len(shapes) + 2 * n_outputs) + len(shapes) * 3 * n_outputs + k * k)))
+        for start in range(0, len(places), step):
+            here = places[start : start + step]
             near = Neighbors(self.found.distances[here], self.found.rows[here])
-            weights = _weights(self.keys, near, placed)
-            said, labels, drift = rows.at_label(self.queries[here], np.maximum(near.rows, 0))
-            parts.append((said, weights @ labels, weights @ drift, weights.sum(axis=2)))
-        said, labels, drift, mass = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return said, labels, drift, mass
+            weights, known = _weights(self.keys, near, placed), np.maximum(near.rows, 0)
+            base, mass = rows.predictions[self.queries[here]], weights.sum(axis=2)
+            yield here, Said(base, weights @ self.targets(known), weights @ rows.predictions[known], mass, self.usual)
 
     def corrected(self, setting: Setting, chosen: Bool[ndarray, " q"]) -> Float[ndarray, "r c"]:
         """Whole corrected scores of some of the queries."""
-        base, averages = self._averages(setting, chosen)
-        return base + setting.shrinkage * averages.correction(base, setting.residual_share)
+        pieces = [
+            said.corrected(setting.shrinkage, setting.residual_share)[:, 0]
+            for _, said in self.averages([setting], setting.temperature, chosen)
+        ]
+        return np.concatenate([np.zeros((0, self.rows.predictions.shape[1])), *pieces])
 
     def memory_only(self, setting: Setting, chosen: Bool[ndarray, " q"]) -> Float[ndarray, "r c"]:
-        """What the labels of the neighbours say; the usual where kriging weights do not sum to 1."""
-        averages = self._averages(setting, chosen)[1]
-        assert averages.labels is not None
-        assert averages.mass is not None
-        return averages.labels + (1 - averages.mass)[:, None] * self.usual
+        """What the labels of the neighbours say."""
+        pieces = [said.alone[:, 0] for _, said in self.averages([setting], 1.0, chosen)]
+        return np.concatenate([np.zeros((0, self.rows.predictions.shape[1])), *pieces])
 
-    def _averages(self, setting: Setting, chosen: Bool[ndarray, " q"]) -> tuple[Float[ndarray, "r c"], Averages]:
-        rows, placed = self.rows.at_temperature(setting.temperature), self.placed(setting)
-        places, n_outputs = np.flatnonzero(chosen), rows.predictions.shape[1]
-        labels, said = np.zeros((len(places), n_outputs)), np.zeros((len(places), n_outputs))
-        mass = np.zeros(len(places))
-        for here in _pieces(len(places), 8 * self.found.rows.shape[1] * (n_outputs + self.found.rows.shape[1])):
-            near = Neighbors(self.found.distances[places[here]], self.found.rows[places[here]])
-            weights = _weights(self.keys, near, [placed])
-            known = np.maximum(near.rows, 0)
-            targets: Any = rows.targets[known]
-            if rows.task == "classification":
-                targets = (targets[..., None] == np.arange(n_outputs)).astype(float)
-            labels[here] = (weights @ targets)[:, 0]
-            said[here] = (weights @ rows.predictions[known])[:, 0]
-            mass[here] = weights.sum(axis=(1, 2))
-        base = rows.predictions[self.queries[places]]
-        return base, Averages(labels - said, np.zeros(len(places)), labels, mass)
+
+@dataclass(frozen=True)
+class Said:
+    """What is said of queries: by the base, and by their neighbours on average under each shape of the weights.
+
+    Attributes
+    ----------
+    labels, predictions : Σ w onehot(y) or Σ w y, and Σ w prediction.
+    mass : Σ w.
+    usual : what labels are on average.
+    """
+
+    base: Float[ndarray, "q c"]
+    labels: Float[ndarray, "q s c"]
+    predictions: Float[ndarray, "q s c"]
+    mass: Float[ndarray, "q s"]
+    usual: Float[ndarray, " c"]
+
+    @property
+    def pulls(self) -> tuple[Float[ndarray, "q s c"], Float[ndarray, "q s c"]]:
+        """Σ w (label − base) and Σ w (prediction − base): the correction is the first less a share of the second."""
+        own = self.mass[:, :, None] * self.base[:, None]
+        return self.labels - own, self.predictions - own
+
+    @property
+    def alone(self) -> Float[ndarray, "q s c"]:
+        """The labels alone; the usual where kriging weights do not sum to 1."""
+        return self.labels + (1 - self.mass)[:, :, None] * self.usual
+
+    def corrected(self, shrinkage: float, residual_share: float) -> Float[ndarray, "q s c"]:
+        """Corrected scores."""
+        pull, drift = self.pulls
+        return self.base[:, None] + shrinkage * (pull - residual_share * drift)
 
 
 def _weights(keys: Column, found: Neighbors, placed: Sequence[Setting]) -> Float[ndarray, "q s k"]:
@@ -189,11 +216,6 @@ def _weights(keys: Column, found: Neighbors, placed: Sequence[Setting]) -> Float
         near = None if among is None else among[:, :k, :k]
         weights[:, place, :k] = neighbor_weights(keys, found.first(k), setting.weighting(), near)
     return weights
-
-
-def _pieces(n: int, row_bytes: int) -> list[slice]:
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 @dataclass(frozen=True)
@@ -216,84 +238,75 @@ class Chosen:
 
 
 class _Candidate:
-    """One kind of keys: the losses of its settings on all queries, in the order of the folds."""
+    """One kind of keys: the squared errors of its settings on all queries, in the order of the folds."""
 
     def __init__(self, name: str, folds: Sequence[Fold], grid: Grid) -> None:
         self.name, self.folds, self._grid = name, folds, grid
         self._shapes = grid.shapes(min(fold.found.rows.shape[1] for fold in folds))
-        values = [fold.at_label(self._shapes, 1.0) for fold in folds]
-        self.losses = np.concatenate(
-            [self._table(fold, some, self._amounts()) for fold, some in zip(folds, values, strict=True)], axis=1
-        )
-        self.losses_alone = np.concatenate(
-            [self._alone(fold, some) for fold, some in zip(folds, values, strict=True)], axis=1
-        )
+        n_queries = sum(len(fold.queries) for fold in folds)
+        self.losses = np.empty((len(grid.amounts) * len(self._shapes), n_queries), np.float32)
+        self.losses_alone = np.empty((len(self._shapes), n_queries), np.float32)
+        start = 0
+        for fold in folds:
+            for here, said in fold.averages(self._shapes):
+                wanted = fold.targets(fold.queries[here])
+                self.losses[:, start + here] = _squared_errors(said, wanted, grid.amounts)
+                self.losses_alone[:, start + here] = np.square(wanted[:, None] - said.alone).mean(axis=2).T
+            start += len(fold.queries)
         self._warm: dict[Setting, Float32[ndarray, "s q"]] = {}
-
-    def _amounts(self) -> list[tuple[float, float]]:
-        return list(product(self._grid.residual_shares, self._grid.shrinkages))
 
     def setting(self, place: int) -> Setting:
         """The setting of a row of `losses`."""
-        amounts = self._amounts()
-        share, amount = amounts[place // len(self._shapes)]
+        share, amount = self._grid.amounts[place // len(self._shapes)]
         return replace(self._shapes[place % len(self._shapes)], residual_share=share, shrinkage=amount)
 
     def alone(self, place: int) -> Setting:
         """The setting of a row of `losses_alone`."""
         return self._shapes[place]
 
-    def tempered(self, shape: Setting) -> tuple[list[Setting], Float32[ndarray, "s q"]]:
+    def tempered(self, setting: Setting) -> tuple[list[Setting], Float32[ndarray, "s q"]]:
         """The losses of one shape at every temperature, residual share and shrinkage."""
-        temperatures = self._grid.temperatures if self.folds[0].rows.task == "classification" else (1.0,)
+        shape = replace(setting, residual_share=1.0, shrinkage=1.0)
+        if shape not in self._warm:
+            tables = []
+            for temperature in self._grid.temperatures:
+                pieces = [
+                    _squared_errors(said, fold.targets(fold.queries[here]), self._grid.amounts)
+                    for fold in self.folds
+                    for here, said in fold.averages([shape], temperature)
+                ]
+                tables.append(np.concatenate(pieces, axis=1))
+            self._warm[shape] = np.concatenate(tables).astype(np.float32)
         settings = [
             replace(shape, temperature=temperature, residual_share=share, shrinkage=amount)
-            for temperature in temperatures
-            for share, amount in self._amounts()
+            for temperature, (share, amount) in product(self._grid.temperatures, self._grid.amounts)
         ]
-        plain = replace(shape, temperature=1.0, residual_share=1.0, shrinkage=1.0)
-        if plain not in self._warm:
-            tables = [
-                np.concatenate(
-                    [self._table(fold, fold.at_label([plain], t), self._amounts()) for fold in self.folds], 1
-                )
-                for t in temperatures
-            ]
-            self._warm[plain] = np.concatenate(tables)
-        return settings, self._warm[plain]
+        return settings, self._warm[shape]
 
-    @staticmethod
-    def _table(
-        fold: Fold, values: tuple[ndarray, ndarray, ndarray, ndarray], amounts: Sequence[tuple[float, float]]
-    ) -> Float32[ndarray, "s q"]:
-        """Losses by residual share and shrinkage, then shape."""
-        said, labels, drift, _ = values
-        n, n_shapes = labels.shape[:2]
-        table = np.empty((len(amounts), n_shapes, n), np.float32)
-        wanted = _wanted(fold)
-        for place, (share, amount) in enumerate(amounts):
-            table[place] = _losses(fold.rows.task, said[:, None] + amount * (labels - share * drift), wanted).T
-        return table.reshape(len(amounts) * n_shapes, n)
-
-    @staticmethod
-    def _alone(fold: Fold, values: tuple[ndarray, ndarray, ndarray, ndarray]) -> Float32[ndarray, "s q"]:
-        said, labels, _, mass = values
-        usual = fold.usual if fold.rows.task == "regression" else fold.usual[fold.rows.targets[fold.queries], None]
-        scores = labels + mass[:, :, None] * said[:, None] + (1 - mass)[:, :, None] * np.expand_dims(usual, -2)
-        return _losses(fold.rows.task, scores, _wanted(fold)).T.astype(np.float32)
+    def base_losses(self, temperature: float) -> Float[ndarray, " q"]:
+        """Log-losses of the base alone."""
+        losses = []
+        for fold in self.folds:
+            said = fold.rows.at_temperature(temperature).predictions[fold.queries]
+            losses.append(log_losses(valid_probabilities(said), fold.rows.targets[fold.queries]))
+        return np.concatenate(losses)
 
 
-def _wanted(fold: Fold) -> Float[ndarray, "q 1 o"] | None:
-    return fold.rows.targets[fold.queries][:, None] if fold.rows.task == "regression" else None
-
-
-def _losses(
-    task: Task, scores: Float[ndarray, "q s o"], wanted: Float[ndarray, "q 1 o"] | None
-) -> Float[ndarray, "q s"]:
-    """Squared errors, or −log of the label's score, no smaller than what predictions are kept above."""
-    if task == "regression":
-        return np.square(wanted - scores).mean(axis=2)
-    return -np.log(np.maximum(scores[..., 0], PROBABILITY_FLOOR / 10))
+def _squared_errors(
+    said: Said, wanted: Float[ndarray, "q c"], amounts: Sequence[tuple[float, float]]
+) -> Float[ndarray, "s q"]:
+    """Mean squared errors by residual share and shrinkage, then shape, from six sums over the outputs."""
+    pull, drift = said.pulls
+    missing = (wanted - said.base)[:, None]
+    alone, with_pull, with_drift = np.square(missing).mean(2), (missing * pull).mean(2), (missing * drift).mean(2)
+    pulled, drifted, both = np.square(pull).mean(2), np.square(drift).mean(2), (pull * drift).mean(2)
+    table = [
+        alone
+        - 2 * amount * (with_pull - share * with_drift)
+        + amount**2 * (pulled - 2 * share * both + share**2 * drifted)
+        for share, amount in amounts
+    ]
+    return np.concatenate([part.T for part in table])
 
 
 def choose(
@@ -318,35 +331,55 @@ def choose(
     base, alone, corrected = (np.empty(len(queries)) for _ in range(3))
     for part in np.unique(parts):
         inside = parts == part
-        candidate, setting, without = _best(tried, ~inside)
+        candidate, setting, without = _best(tried, grid, ~inside)
         base[inside] = _measured(folds, inside, without, "corrected")
         corrected[inside] = _measured(candidate.folds, inside, setting, "corrected")
         labelled, by_labels = _best_alone(tried, ~inside)
         alone[inside] = _measured(labelled.folds, inside, by_labels, "memory_only")
+    no_worse = task == "regression" or _no_less_often_right(tried, grid, parts)
     metric: Any = "log_loss" if task == "classification" else "rmse"
     owners = None if groups is None else groups[queries]
     evaluation = summarize(metric, base=base, memory_only=alone, corrected=corrected, groups=owners)
     everything = np.ones(len(queries), bool)
-    candidate, setting, _ = _best(tried, everything)
+    candidate, setting, _ = _best(tried, grid, everything)
     alone_place = int(candidate.losses_alone.mean(axis=1).argmin())
     return Chosen(
         candidate.name,
-        setting if evaluation.helps else setting.without_memory(),
+        setting if evaluation.helps and no_worse else setting.without_memory(),
         candidate.alone(alone_place),
         evaluation,
     )
 
 
-def _best(tried: Sequence[_Candidate], rows: Bool[ndarray, " q"]) -> tuple[_Candidate, Setting, Setting]:
+def _no_less_often_right(tried: Sequence[_Candidate], grid: Grid, parts: Int64[ndarray, " q"]) -> bool:
+    """Whether cross-fitted accuracy does not fall beyond its interval: log-loss can gain where it does."""
+    gains = []
+    for part in np.unique(parts):
+        inside = parts == part
+        candidate, setting, _ = _best(tried, grid, ~inside)
+        start = 0
+        for fold in candidate.folds:
+            chosen = inside[start : start + len(fold.queries)]
+            start += len(fold.queries)
+            labels = fold.rows.targets[fold.queries[chosen]]
+            if len(labels):
+                base = fold.rows.predictions[fold.queries[chosen]]
+                gains.append(correctness(fold.corrected(setting, chosen), labels) - correctness(base, labels))
+    return mean_interval(np.concatenate(gains)).high >= 0
+
+
+def _best(tried: Sequence[_Candidate], grid: Grid, rows: Bool[ndarray, " q"]) -> tuple[_Candidate, Setting, Setting]:
     """The candidate and setting with the least loss on these rows, and the best without a memory."""
     means = [candidate.losses[:, rows].mean(axis=1) for candidate in tried]
-    number = int(np.argmin([mean.min() for mean in means]))
-    candidate = tried[number]
-    settings, losses = candidate.tempered(candidate.setting(int(means[number].argmin())))
+    candidate = tried[int(np.argmin([mean.min() for mean in means]))]
+    best = candidate.setting(int(means[tried.index(candidate)].argmin()))
+    if candidate.folds[0].rows.task == "regression":
+        return candidate, best, best.without_memory()
+    settings, losses = candidate.tempered(best)
     mean = losses[:, rows].mean(axis=1)
-    without = np.array([setting.shrinkage == 0 for setting in settings])
-    best_without = settings[int(np.where(without, mean, np.inf).argmin())]
-    return candidate, settings[int(mean.argmin())], best_without
+    calm = [candidate.base_losses(temperature)[rows].mean() for temperature in grid.temperatures]
+    base = replace(best.without_memory(), temperature=grid.temperatures[int(np.argmin(calm))])
+    return candidate, settings[int(mean.argmin())], base
 
 
 def _best_alone(tried: Sequence[_Candidate], rows: Bool[ndarray, " q"]) -> tuple[_Candidate, Setting]:

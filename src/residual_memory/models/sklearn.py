@@ -72,8 +72,8 @@ METRICS = ("auto", None, "diagonal", "full")
 
 TUNING_ROWS = 6_000  # held-out rows that settings are chosen by, where there are as many
 FEWEST_ROWS = 20  # below this nothing can be told from held-out rows
-WIDEST_FULL = 64  # numbers in a key up to which a full metric is tried
-WIDEST_DIAGONAL = 256
+WIDEST = 256  # numbers in a key up to which a metric is learned
+ROWS_A_NUMBER = 8  # for each number of a full metric that is to be learned
 NO_ENERGY = 1e-3  # part of the labels' variance below which the residuals say nothing
 
 
@@ -278,25 +278,28 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         """Choose keys and setting, and remember the rows under these keys."""
         lesson = Lesson(self._task, targets, seen.predictions)
         learner = Lesson.of(self._task, targets, seen.predictions)
-        kinds = self._kinds()
+        kinds = self._kinds(X)
         folds = list(self._tuning_folds(seen)) if len(targets) >= FEWEST_ROWS else []
         candidates: dict[str, list[Fold]] = {}
-        metrics: dict[str, tuple[str, Any]] = {}
+        metrics: dict[str, tuple[str, Any, Any]] = {}
         for name, embedding in kinds.items():
             for fold in folds:
-                for shape, found in self._candidates(X, y, lesson, learner, seen, embedding, fold, grid, groups):
+                for shape, metric, found in self._candidates(
+                    X, y, lesson, learner, seen, embedding, fold, grid, groups
+                ):
                     label = name if shape is None else f"{name}, {shape} metric"
                     candidates.setdefault(label, []).append(found)
-                    metrics[label] = (name, shape)
+                    metrics[label] = (name, shape, metric)
         chosen = choose(candidates, grid, groups=groups, seed=self._seed()) if candidates else None
         label = chosen.candidate if chosen else next(iter(kinds))
-        name, shape = metrics.get(label, (label, None))
+        name, shape, start = metrics.get(label, (label, None, None))
         self.keys_ = label
         self._embedding = copy.copy(kinds[name]).fit(X, y, self.estimator_)
         keys = self._embedding.keys(X, self.estimator_, seen.predictions)
         self._metric = None
         if shape is not None:
-            self._metric = learn_metric(keys, learner, shape, groups=groups, seed=self._seed())
+            # What a fold learned is a good beginning; here the held-out rows teach as well.
+            self._metric = learn_metric(keys, learner, shape, start=start, n_rounds=1, groups=groups, seed=self._seed())
             keys = keys @ self._metric
         self.memory_ = Memory.create(
             self.memory,
@@ -346,11 +349,11 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
             return f"no gain: too few rows to tell ({len(self.memory_)}, expected at least {FEWEST_ROWS})"
         return self.evaluation_.verdict
 
-    def _kinds(self) -> dict[str, Embedding]:
+    def _kinds(self, X: Any) -> dict[str, Embedding]:
         """The kinds of keys to choose from, by name."""
         classes = self._task == "classification"
         if self.embed is None or (isinstance(self.embed, str) and self.embed == "auto"):
-            names = ["input", *natural_channels(self.estimator_)]
+            names = natural_channels(self.estimator_, X)
             return {name: embedding_named(name, classifier=classes) for name in names}
         name = self.embed if isinstance(self.embed, str) else type(self.embed).__name__
         return {name: embedding_named(self.embed, classifier=classes)}
@@ -380,7 +383,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         fold: tuple[int, Int64[ndarray, " q"], Bool[ndarray, " m"]],
         grid: Grid,
         groups: Shaped[ndarray, " m"] | None,
-    ) -> Iterator[tuple[Any, Fold]]:
+    ) -> Iterator[tuple[Any, Float[ndarray, "d d"] | None, Fold]]:
         """One fold under one kind of keys, with each metric."""
         number, queries, allowed = fold
         model = seen.models[number] if seen.models else self.estimator_
@@ -402,7 +405,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
                     keys[usable], taught.some(usable), shape, start=metric, groups=near, seed=self._seed()
                 )
                 placed = keys @ metric
-            yield shape, Fold.of(placed, rows, queries, allowed, k, self.index, grid.absolute)
+            yield shape, metric, Fold.of(placed, rows, queries, allowed, k, self.index, grid.absolute)
 
     def _metrics(self, keys: Keys, embedding: Embedding, n_rows: int) -> list[Any]:
         """Which metrics to try: learned ones for keys that did not see labels, of few enough numbers."""
@@ -411,9 +414,10 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         if self.metric != "auto":
             return [self.metric]
         width = keys.shape[1]
-        if embedding.saw_labels or n_rows < 2 * FEWEST_ROWS or width > WIDEST_DIAGONAL:
+        if embedding.saw_labels or n_rows < 2 * FEWEST_ROWS or width > WIDEST:
             return [None]
-        return [None, "diagonal", "full"] if 1 < width <= WIDEST_FULL else [None, "diagonal"] if width > 1 else [None]
+        tried: list[Any] = [None, "diagonal"] if width > 1 else [None]
+        return [*tried, "full"] if 1 < width and width**2 * ROWS_A_NUMBER <= n_rows else tried
 
     # ------------------------------------------------------------------ changing the memory
 
@@ -685,9 +689,9 @@ class ResMemRegressor(RegressorMixin, _ResMem):
     ----------
     estimator : any regressor, of one output or several; a `FrozenEstimator` is used as it is, and the rows given to
         `fit` are then only remembered: give it rows that it was not fitted on.
-    embed : what keys are made of: "input" (columns of any kind, scaled), "hidden" (last hidden layer of an MLP),
-        "leaves" (of forests and boosted trees), "predict", a transformer, or a function of the rows. None and
-        "auto" choose by held-out loss among "input" and what the base has.
+    embed : what keys are made of: "input" (columns of any kind, scaled), "unscaled" (numbers as they are), "hidden"
+        (last hidden layer of an MLP), "leaves" (of forests and boosted trees), "predict", a transformer, or a function
+        of the rows. None and "auto" choose by held-out loss among the columns and what the base has.
     metric : on keys that did not see labels: None is Euclidean, "diagonal" weighs their numbers by learning, "full"
         mixes them too, "auto" chooses. Where the bandwidth is a number, distances are left as they are.
     n_neighbors, bandwidth, kernel, temperature, shrinkage, residual_share, max_distance : as in `ResidualKNN`,

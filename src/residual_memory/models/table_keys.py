@@ -28,9 +28,10 @@ MAX_COLUMNS = 256  # of a key made of columns; wider tables are projected
 MAX_LEVELS = 64  # categories of one column that get a number each; rarer ones share one
 FEW_LEVELS = 32  # whole numbers with no more values than this may be categories as well
 MAX_SPLIT = 128  # columns, with those of such categories, up to which they are taken for both
+LIKE_SIZE = 10.0  # largest deviation over the median one, up to which columns may have one unit
 SKEWED = 2.0  # skewness above which a column is compressed
 LEAF_COMPONENTS = 128
-CHANNELS = ("input", "leaves", "hidden", "predict_proba", "predict")
+CHANNELS = ("input", "unscaled", "leaves", "hidden", "predict_proba", "predict")
 
 Keys = Float[ndarray, "n d"]
 
@@ -41,7 +42,14 @@ class ColumnScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     Numbers are filled up with the median where they are missing, compressed where they are very skewed, and scaled to
     deviation 1. Text and categories become one column a level (a whole number with few values both). Sparse and very
     wide tables are projected to their main components.
+
+    Parameters
+    ----------
+    scale : False leaves numbers as they are, for columns of one unit, such as pixels.
     """
+
+    def __init__(self, scale: bool = True) -> None:
+        self.scale = scale
 
     def fit(self, X: Any, y: Any = None) -> "ColumnScaler":
         """Learn medians, deviations and levels."""
@@ -56,12 +64,14 @@ class ColumnScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         named = [place for place, kind in enumerate(kinds) if kind == "category"]
         few = [place for place in numbers if _few_levels(columns[place])]
         total = len(columns) + sum(_n_levels(columns[place]) for place in few)
-        few = few if total <= MAX_SPLIT else []
+        few = few if total <= MAX_SPLIT and self.scale else []
         levels = OneHotEncoder(
             handle_unknown="infrequent_if_exist", max_categories=MAX_LEVELS, sparse_output=False, dtype=np.float64
         )
         medians = SimpleImputer(strategy="median", keep_empty_features=True)
-        filled = make_pipeline(FunctionTransformer(_as_floats), medians, _Compressor(), StandardScaler())
+        filled = make_pipeline(FunctionTransformer(_as_floats), medians)
+        if self.scale:
+            filled = make_pipeline(filled, _Compressor(), StandardScaler())
         parts: list[Any] = [("numbers", filled, numbers)]
         parts += [("levels", levels, named)] if named else []
         parts += [("few", make_pipeline(FunctionTransformer(_as_text), clone(levels)), few)] if few else []
@@ -174,12 +184,15 @@ class Embedding(ABC):
 
 
 class InputKeys(Embedding):
-    """Scaled columns."""
+    """Columns as numbers."""
 
     saw_labels = False
 
+    def __init__(self, scale: bool = True) -> None:
+        self._scale = scale
+
     def fit(self, X: Any, y: Any, estimator: Any) -> "InputKeys":
-        self._scaler = ColumnScaler().fit(X)
+        self._scaler = ColumnScaler(self._scale).fit(X)
         return self
 
     def keys(self, X: Any, estimator: Any, predictions: Float[ndarray, "n c"]) -> Keys:
@@ -278,6 +291,8 @@ def embedding_named(embed: Any, *, classifier: bool) -> Embedding:
     match embed:
         case "input":
             return InputKeys()
+        case "unscaled":
+            return InputKeys(scale=False)
         case "leaves":
             return LeafKeys()
         case "hidden":
@@ -294,12 +309,25 @@ def embedding_named(embed: Any, *, classifier: bool) -> Embedding:
     raise InvalidInput(f"embed is {embed!r}, expected one of {known}, a transformer, or a function of the rows")
 
 
-def natural_channels(estimator: Any) -> list[str]:
-    """Kinds of keys that are worth trying for a fitted estimator, beside its input."""
+def natural_channels(estimator: Any, X: Any) -> list[str]:
+    """Kinds of keys that are worth trying for a fitted estimator and its rows."""
     core = core_of(estimator)[0]
+    names = ["input", "unscaled"] if _one_unit(X) else ["input"]
     if hasattr(core, "coefs_") and hasattr(core, "intercepts_"):
-        return ["hidden"]
-    return ["leaves"] if hasattr(core, "apply") and hasattr(core, "n_estimators") else []
+        return [*names, "hidden"]
+    return [*names, "leaves"] if hasattr(core, "apply") and hasattr(core, "n_estimators") else names
+
+
+def _one_unit(X: Any) -> bool:
+    """Whether all columns are numbers of like size, so that their unit may mean something."""
+    if issparse(X):
+        return False
+    columns = _columns(X)
+    if len(columns) < 2 or any(_kind(column) != "number" for column in columns):
+        return False
+    deviations = np.array([np.nanstd(_as_floats(column)) for column in columns])
+    deviations = deviations[deviations > 0]
+    return len(deviations) > 1 and bool(deviations.max() <= LIKE_SIZE * np.median(deviations))
 
 
 def core_of(estimator: Any, X: Any = None) -> tuple[Any, Any]:
