@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 data: $(READY)
-	@if [ -f $(PACKED)/unpack.py ]; then $(BIN)/python $(PACKED)/unpack.py $(CACHE) cifar100 text; fi
+	@if [ -f $(PACKED)/unpack.py ]; then $(BIN)/python $(PACKED)/unpack.py $(CACHE) cifar100 text tabular; fi
 
 demo: $(READY) data
 	$(BIN)/resmem demo --out report.html
@@ -36,6 +36,7 @@ check: $(READY)
 bench: $(READY) data
 	$(BIN)/python -m benchmarks core
 	$(BIN)/python -m benchmarks language
+	$(BIN)/python -m benchmarks tables
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

@@ -26,6 +26,13 @@ def weights(distances: ndarray, bandwidth: float, kernel: str = "exponential") -
     return raw / raw.sum(axis=1, keepdims=True)
 
 
+def kriging(query: ndarray, keys: ndarray, bandwidth: float, nugget: float) -> ndarray:
+    """Weights [k] of simple kriging, (K + nugget I)⁻¹ k, of these keys for one query."""
+    between = np.sqrt(((keys[:, None] - keys[None]) ** 2).sum(axis=2))
+    towards = np.sqrt(((keys - query) ** 2).sum(axis=1))
+    return np.linalg.inv(np.exp(-between / bandwidth) + nugget * np.eye(len(keys))) @ np.exp(-towards / bandwidth)
+
+
 def tempered(predictions: ndarray, temperature: float) -> ndarray:
     """softmax(logits / T), from probabilities that may hold zeros."""
     powers = predictions.astype(np.float64) ** (1 / temperature)

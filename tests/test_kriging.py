@@ -62,13 +62,6 @@ def process_means(problem: Problem, k: int, **options: float) -> ndarray:
     return np.array([process_mean(problem, chosen, query[None], **options)[0] for chosen, query in pairs])
 
 
-def weights_by_hand(query: ndarray, keys: ndarray, bandwidth: float, nugget: float) -> ndarray:
-    """(K + nugget I)⁻¹ k, from the keys."""
-    between = np.sqrt(((keys[:, None] - keys[None]) ** 2).sum(axis=2))
-    towards = np.sqrt(((keys - query) ** 2).sum(axis=1))
-    return np.linalg.inv(np.exp(-between / bandwidth) + nugget * np.eye(len(keys))) @ np.exp(-towards / bandwidth)
-
-
 def among(keys: ndarray, rows: ndarray) -> ndarray:
     return distances_among(column(keys), rows)
 
@@ -164,7 +157,7 @@ def test_weights_are_the_solution_by_hand(seed: int, bandwidth: float, nugget: f
     distances, rows = reference.neighbors(keys, queries, 5)
     found = kriging_weights(distances, among(keys, rows), bandwidth, nugget)
     for place, query in enumerate(queries):
-        wanted = weights_by_hand(query, keys[rows[place]], bandwidth, nugget)
+        wanted = reference.kriging(query, keys[rows[place]], bandwidth, nugget)
         np.testing.assert_allclose(found[place], wanted, atol=1e-9)
 
 
@@ -350,7 +343,7 @@ def test_a_cap_cuts_negative_weights_as_it_cuts_positive_ones() -> None:
     memory = memory_of(problem)
     options = {"n_neighbors": 5, "bandwidth": 50.0, "nugget": 1e-4}
     free = kriging_of(memory, **options).neighbors(problem.queries).weights[0]
-    np.testing.assert_allclose(free, weights_by_hand(np.zeros(2), keys, 50.0, 1e-4), atol=1e-9)
+    np.testing.assert_allclose(free, reference.kriging(np.zeros(2), keys, 50.0, 1e-4), atol=1e-9)
     assert (free.max(), free.min()) == pytest.approx((0.697, -0.281), abs=1e-3)
     capped = kriging_of(memory, **options, max_weight=0.25)
     cut = capped.neighbors(problem.queries).weights[0]

@@ -1,10 +1,12 @@
-"""Graph, map and rule packages that compute the same numbers; the letters are those of tests/test_oracles.py."""
+"""Graph, map, rule and conformal packages that compute the same numbers; the letters are those of tests/test_oracles.py."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from crepes.extras import DifficultyEstimator
 from cubist import Cubist
 from numpy import ndarray
 from pykrige import ck, rk
@@ -107,3 +109,15 @@ def test_g_a_correction_by_cubists_weights_is_cubist_with_neighbors() -> None:
     rows = np.tile(np.arange(N), (Q, 1))
     residual = residual_average(memory_of(problem).snapshot, rows, cubist_weights(keys, queries), 1.0)
     np.testing.assert_allclose(correct(problem.said, residual)[:, 0], oracle.predict(queries), rtol=2e-7)
+
+
+def test_j_the_spread_of_residuals_is_crepes_difficulty_before_its_beta() -> None:
+    """Which scales keys to 0 … 1 and clips queries to that; by default it adds a beta of 0.01 and scales no estimate."""
+    problem = regression(n=N, q=Q, c=1)
+    keys, queries = 5 * problem.keys + 3, 8 * problem.queries
+    oracle = DifficultyEstimator()
+    oracle.fit(keys, residuals=(problem.labels - problem.predictions)[:, 0], k=K)
+    low, high = keys.min(axis=0), keys.max(axis=0)
+    scaled = replace(problem, keys=(keys - low) / (high - low), queries=np.clip((queries - low) / (high - low), 0, 1))
+    found = knn_of(memory_of(scaled), n_neighbors=K).spread(scaled.queries)
+    np.testing.assert_allclose(found[:, 0], oracle.apply(queries) - 0.01, rtol=0, atol=1e-14)

@@ -10,10 +10,11 @@ from residual_memory import correction
 from residual_memory.correction import ResidualKNN, correct, to_probabilities
 from residual_memory.errors import DimensionMismatch, InvalidInput
 from residual_memory.evaluation import MEMORY_ONLY_MIX, Metric, Setting, evaluate
+from residual_memory.gate import fit_gate
 from residual_memory.indexes.base import nearest
 from residual_memory.memory import Memory
 from residual_memory.residuals import temper, top_m
-from residual_memory.tuning import N_NEIGHBORS, SHRINKAGES, TEMPERATURES, TuningResult, tune
+from residual_memory.tuning import N_NEIGHBORS, SHRINKAGES, TEMPERATURES, TuningResult, tune, tune_gate
 from tests import reference
 from tests.problems import Problem, classification, empty_memory, memory_of, regression, softmax
 
@@ -56,6 +57,18 @@ def smooth_values(n: int = 300, q: int = 150, seed: int = 0) -> tuple[Problem, n
     keys = random.uniform(-2, 2, size=(n + q, 2))
     truth = np.stack([np.sin(2 * keys[:, 0]) + keys[:, 1], keys[:, 0] * keys[:, 1]], axis=1)
     labels, said = truth + 0.1 * random.normal(size=truth.shape), np.stack([keys[:, 1], 0 * keys[:, 0]], axis=1)
+    return Problem(keys[:n], labels[:n], said[:n], keys[n:], said[n:]), labels[n:]
+
+
+def shared_values(known: float, n: int = 200, q: int = 100, seed: int = 0) -> tuple[Problem, ndarray]:
+    """A curve that the base knows nothing of, and noise of each row's own that is this part of what the base says.
+
+    Where the base says nothing but noise its residuals mislead; where it knows the noise they alone tell the curve.
+    """
+    random = np.random.default_rng(seed)
+    keys = random.uniform(-2, 2, size=(n + q, 1))
+    said = 3 * random.normal(size=(n + q, 1))
+    labels = np.sin(2 * keys) + known * said
     return Problem(keys[:n], labels[:n], said[:n], keys[n:], said[n:]), labels[n:]
 
 
@@ -174,23 +187,29 @@ def left_out_one_by_one(losses: ndarray) -> ndarray:
     return losses[others.argmin(axis=0), np.arange(losses.shape[1])]
 
 
-def plain_loop(problem: Problem, labels: ndarray, metric: Metric) -> tuple[list[Setting], ndarray, ndarray]:
+def plain_loop(
+    problem: Problem, labels: ndarray, metric: Metric, shares: tuple[float, ...]
+) -> tuple[list[Setting], ndarray, ndarray]:
     """Every setting one after another: settings, losses [s q], and those of the labels alone [s q]."""
     memory = memory_of(problem)
     distances, _ = reference.neighbors(problem.keys, problem.queries, max(GRID["n_neighbors"]))
     classes = problem.task == "classification"
     temperatures = GRID["temperatures"] if classes else (1.0,)
-    settings, losses, alone = [], [], []
-    for temperature, shrinkage, k, scale in product(
-        temperatures, GRID["shrinkages"], GRID["n_neighbors"], GRID["bandwidths"]
-    ):
+    answers = {}
+    for temperature, k, scale in product(temperatures, GRID["n_neighbors"], GRID["bandwidths"]):
         sigma = scale * float(np.median(distances[:, k - 1]))
         knn = ResidualKNN(memory, n_neighbors=k, bandwidth=sigma, temperature=temperature)
+        answers[temperature, k, scale] = sigma, knn(problem.queries), knn.memory_only(problem.queries)
+    settings, losses, alone = [], [], []
+    for temperature, share, shrinkage, k, scale in product(
+        temperatures, shares, GRID["shrinkages"], GRID["n_neighbors"], GRID["bandwidths"]
+    ):
+        sigma, residual, labels_alone = answers[temperature, k, scale]
         base = temper(problem.said, temperature) if classes else problem.said
-        settings.append(Setting(k, sigma, temperature, shrinkage))
-        scores = correct(base, knn(problem.queries), shrinkage)
+        settings.append(Setting(k, sigma, temperature, shrinkage, residual_share=share))
+        scores = correct(base, share * residual + (1 - share) * (labels_alone - base), shrinkage)
         losses.append(losses_of(metric, scores, base, labels))
-        alone.append(losses_alone(metric, knn.memory_only(problem.queries), labels))
+        alone.append(losses_alone(metric, labels_alone, labels))
     return settings, np.stack(losses), np.stack(alone)
 
 
@@ -204,12 +223,13 @@ def plain_loop(problem: Problem, labels: ndarray, metric: Metric) -> tuple[list[
     ],
     ids=["accuracy", "accuracy again", "log-loss", "rmse"],
 )
+@pytest.mark.parametrize("shares", [(1.0,), (0.7, 0.0, 1.0)], ids=["residuals", "shares"])
 def test_the_figures_are_those_of_a_plain_loop_over_the_settings(
-    given: tuple[Problem, ndarray], metric: Metric
+    given: tuple[Problem, ndarray], metric: Metric, shares: tuple[float, ...]
 ) -> None:
     problem, labels = given
-    found = tuned(given, metric=metric, n_folds=len(labels))
-    settings, losses, alone = plain_loop(problem, labels, metric)
+    found = tuned(given, metric=metric, n_folds=len(labels), residual_shares=shares)
+    settings, losses, alone = plain_loop(problem, labels, metric, shares)
     means = [left_out_one_by_one(rows).mean() for rows in (losses, alone)]
     assert found.corrected.value == pytest.approx(figure(metric, means[0]), abs=1e-5)
     assert found.memory_only.value == pytest.approx(figure(metric, means[1]), abs=1e-5)
@@ -408,12 +428,81 @@ def test_other_kernels_are_tuned_by_the_same_rules(kernel: str) -> None:
     assert again.corrected.value == pytest.approx(found.corrected.value, abs=0.05)
 
 
+@pytest.mark.parametrize("known", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kernel", ["exponential", "kriging"])
+def test_the_share_of_the_residuals_is_the_part_of_what_the_base_says_that_it_knows(known: float, kernel: str) -> None:
+    given = shared_values(known)
+    options: dict[str, Any] = {"kernel": kernel, "shrinkages": None, "n_neighbors": (5, 10)}
+    found = tuned(given, residual_shares=(0.0, 0.5, 1.0), **options)
+    assert found.helps
+    assert found.best.residual_share == known
+    for other in {0.0, 0.5, 1.0} - {known}:
+        assert tuned(given, residual_shares=(other,), **options).corrected.value > 1.2 * found.corrected.value
+
+
+def test_the_papers_share_alone_is_tried_by_default() -> None:
+    given = shared_values(0.5)
+    found = tuned(given)
+    assert found.best.residual_share == 1
+    assert found == tuned(given, residual_shares=(1.0,))
+    assert tuned(given, residual_shares=(0.5,)).corrected.value < found.corrected.value
+
+
+@pytest.mark.parametrize(("metric", "shares"), [("accuracy", (0.3,)), ("log_loss", (0.3,)), ("log_loss", (0.0,))])
+@pytest.mark.parametrize("kernel", ["exponential", "kriging"])
+def test_the_losses_of_a_share_are_those_of_evaluating_it(
+    metric: Metric, shares: tuple[float, ...], kernel: str
+) -> None:
+    """With one value of each there is nothing to choose, and cross-fitting changes nothing."""
+    problem, labels = clustered()
+    memory = memory_of(problem)
+    found = tuned(
+        (problem, labels), memory, metric=metric, residual_shares=shares, kernel=kernel, n_neighbors=(7,),
+        bandwidths=(0.6,), temperatures=(1.4,), shrinkages=(0.8,), nuggets=(0.2,),
+    )  # fmt: skip
+    assert found.helps
+    assert (found.best.residual_share, found.best.shrinkage, found.best.temperature) == (*shares, 0.8, 1.4)
+    again = evaluate(memory, problem.queries, labels, problem.said, found.best, metric=metric)
+    assert again.corrected.value == pytest.approx(found.corrected.value, rel=1e-4)
+    assert again.memory_only.value == pytest.approx(found.memory_only.value, rel=1e-4)
+
+
+def test_shares_of_a_top_m_memory_are_tuned_as_those_of_a_dense_one() -> None:
+    problem, labels = clustered()
+    memory = empty_memory(problem, residuals="top-m")
+    memory.append(problem.keys, problem.labels, top_m(problem.predictions, 4))
+    found = tuned((problem, labels), memory, residual_shares=(0.0, 0.5))
+    dense = tuned((problem, labels), temperatures=(1.0,), residual_shares=(0.0, 0.5))
+    assert found.best == dense.best
+    assert found.corrected.value == pytest.approx(dense.corrected.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_gate_is_fitted_to_the_shared_correction(share: float) -> None:
+    problem, labels = clustered()
+    memory, setting = memory_of(problem), Setting(10, 1.0, temperature=1.4, residual_share=share)
+    found = tune_gate(memory, problem.queries, labels, problem.said, setting, metric="log_loss")
+    knn, base = setting.knn(memory), temper(problem.said, 1.4)
+    correction = share * knn(problem.queries) + (1 - share) * (knn.memory_only(problem.queries) - base)
+    wanted = fit_gate(problem.said, correction, knn.look_up(problem.queries).farthest, labels)
+    assert found.helps
+    assert found.best.gate is not None
+    for name, values in wanted.to_dict().items():
+        np.testing.assert_allclose(found.best.gate.to_dict()[name], values, rtol=1e-4, atol=1e-6)
+    again = evaluate(memory, problem.queries, labels, problem.said, found.best, metric="log_loss")
+    assert again.corrected.value == pytest.approx(found.corrected.value, rel=0.3)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
         ({"n_neighbors": ()}, InvalidInput, "n_neighbors is empty"),
         ({"bandwidths": ()}, InvalidInput, "bandwidths is empty"),
         ({"temperatures": ()}, InvalidInput, "temperatures is empty"),
+        ({"residual_shares": ()}, InvalidInput, "residual_shares is empty"),
+        ({"residual_shares": (0.5, 1.5)}, InvalidInput, "residual_share is 1.5"),
+        ({"residual_shares": (-0.1,)}, InvalidInput, "residual_share is -0.1"),
+        ({"residual_shares": (float("nan"),)}, InvalidInput, "residual_share is nan"),
         ({"n_neighbors": (0,)}, InvalidInput, "n_neighbors is 0"),
         ({"bandwidths": (0.0,)}, InvalidInput, "bandwidth is 0"),
         ({"temperatures": (0.0,)}, InvalidInput, "temperature is 0"),

@@ -215,8 +215,19 @@ class ResidualKNN:
         alone = label_average(state.snapshot, found.rows, weights[:, None, :])[:, 0]
         return Averages(residual, found.farthest, alone, weights.sum(axis=1))
 
-    def spread(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
-        """How far off the base was on the k nearest memories: their mean absolute residual; NaN without a neighbour.
+    def spread(
+        self, keys: ArrayLike, exclude: ArrayLike | None = None, *, around: Float[ndarray, "q c"] | None = None
+    ) -> Float[ndarray, "q c"]:
+        """Mean absolute residual of the k nearest memories: how far off the base was near each key.
+
+        Parameters
+        ----------
+        keys, exclude : as in `__call__`.
+        around : what is taken from the residuals first, such as their mean: what is left is what no correction tells.
+
+        Returns
+        -------
+        NaN where there is no neighbour.
 
         References
         ----------
@@ -226,10 +237,11 @@ class ResidualKNN:
         present = (found.rows >= 0).astype(float)
         with np.errstate(invalid="ignore"):
             weights = present / present.sum(axis=1, keepdims=True)
-        snapshot, total = state.snapshot, np.empty((len(weights), state.snapshot.layout.n_outputs))
+        total = np.empty((len(weights), state.snapshot.layout.n_outputs))
         for piece in _pieces(len(weights), 8 * weights.shape[1] * total.shape[1]):
-            sizes = np.abs(_gathered(snapshot, found.rows[piece], self.temperature, state.table))
-            np.matmul(weights[piece, None, :], sizes, out=total[piece, None, :])
+            left = _gathered(state.snapshot, found.rows[piece], self.temperature, state.table)
+            left = np.abs(left if around is None else left - around[piece, None])
+            np.matmul(weights[piece, None, :], left, out=total[piece, None, :])
         return total
 
     def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:

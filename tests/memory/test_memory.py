@@ -1,4 +1,7 @@
+import copy
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -483,6 +486,130 @@ def test_a_memory_describes_itself(problem: Problem, place: Path | None) -> None
     bytes_per_row = 8 + 5 * 8 + 4 + 4 * 8
     assert 60 * bytes_per_row <= memory.n_bytes <= 60 * bytes_per_row + 1000
     assert memory.layout.bytes_per_row() == bytes_per_row
+
+
+# ---------------------------------------------------------------------- copies
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickled": lambda given: pickle.loads(pickle.dumps(given)),
+    "deep": copy.deepcopy,
+    "shallow": copy.copy,
+}
+every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+
+
+def rich_memory(problem: Problem, place: Path | None = None, **options: Any) -> Memory:
+    """Rows of named documents in two segments, some forgotten, with all that a memory keeps beside rows."""
+    memory = empty_memory(problem, place, source={"model": "m", "layers": [1, 2]}, **options)
+    for rows in (np.arange(40), np.arange(40, 50)):
+        names = [f"row {row}" for row in rows]
+        grow(memory, problem, rows, ids=names, groups=[f"document {row // 4}" for row in rows])
+    memory.forget(["row 3", "row 17", "row 49"])
+    memory.save_setting({"n_neighbors": 3, "gate": None})
+    return memory
+
+
+def whole(memory: Memory) -> dict[str, Any]:
+    """All that can be seen of a memory."""
+    snapshot = memory.snapshot
+    rows = np.arange(snapshot.n_rows)
+    assert snapshot.all_groups is not None
+    return {
+        "rows": [snapshot.keys.take(rows).tolist(), snapshot.targets(rows).tolist()],
+        "residuals": snapshot.residuals(rows, 1.0).tolist(),
+        "ids": [memory.ids.tolist(), snapshot.id_column.take(rows).tolist()],
+        "groups": snapshot.all_groups.tolist(),
+        "alive": snapshot.alive.tolist(),
+        "counts": [len(memory), memory.version, memory.next_id, memory.n_forgotten, memory.n_bytes],
+        "described": [memory.layout, memory.class_names, memory.source, memory.setting, memory.path],
+    }
+
+
+@every_copy
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_copy_of_a_memory_in_ram_holds_the_same_rows(
+    problem: Problem, copied: Callable[[Any], Any], options: dict[str, Any]
+) -> None:
+    memory = rich_memory(problem, class_names=None if "n_outputs" in options else list("abcd"), **options)
+    other = copied(memory)
+    assert whole(other) == whole(memory)
+    assert len(other) == 47
+    exclude = ["document 1"] * 12
+    wanted, found = (knn_of(some)(problem.queries, exclude) for some in (memory, other))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@every_copy
+def test_a_copy_of_an_empty_memory_can_be_filled(problem: Problem, copied: Callable[[Any], Any]) -> None:
+    memory = empty_memory(problem)
+    other = copied(memory)
+    grow(other, problem, slice(None))
+    assert (len(memory), len(other)) == (0, 60)
+    np.testing.assert_array_equal(knn_of(other)(problem.queries), knn_of(memory_of(problem))(problem.queries))
+
+
+COPY_CHANGES: list[Callable[[Memory, Problem], Any]] = [
+    lambda memory, problem: grow(memory, problem, [50, 51], ids=["new", "newer"], groups=["a", "b"]),
+    lambda memory, _: memory.forget(["row 4"]),
+    lambda memory, _: memory.compact(),
+    lambda memory, _: memory.save_setting({"n_neighbors": 9}),
+    lambda memory, _: memory.save_source({"model": "other"}),
+]
+
+
+@every_copy
+@pytest.mark.parametrize("change", COPY_CHANGES, ids=["append", "forget", "compact", "setting", "source"])
+@pytest.mark.parametrize("of_the_copy", [True, False])
+def test_changing_a_copy_leaves_the_original_and_the_other_way_round(
+    problem: Problem, copied: Callable[[Any], Any], change: Callable[[Memory, Problem], Any], of_the_copy: bool
+) -> None:
+    memory = rich_memory(problem)
+    other = copied(memory)
+    changed, kept = (other, memory) if of_the_copy else (memory, other)
+    before = whole(kept)
+    change(changed, problem)
+    assert whole(changed) != before
+    assert whole(kept) == before
+
+
+def test_copies_give_the_same_new_ids(problem: Problem) -> None:
+    memory = memory_of(problem)
+    memory.forget([59])
+    memory.compact()
+    other = pickle.loads(pickle.dumps(memory))
+    assert grow(other, problem, [0, 1]).tolist() == grow(memory, problem, [0, 1]).tolist() == [60, 61]
+
+
+@every_copy
+def test_a_copy_of_a_memory_on_disk_opens_it_again_read_only(
+    problem: Problem, tmp_path: Path, copied: Callable[[Any], Any]
+) -> None:
+    with rich_memory(problem, tmp_path / "memory") as memory:
+        other = copied(memory)  # while the original holds the lock
+        assert whole(other) == whole(memory)
+        assert other.path == tmp_path / "memory"
+        with pytest.raises(ReadOnlyMemory):
+            other.forget(["row 4"])
+        memory.forget(["row 4"])
+        assert (len(memory), len(other)) == (46, 47)
+        assert other.refresh()
+        assert whole(other) == whole(memory)
+
+
+def test_a_memory_on_disk_is_unpickled_as_it_is_by_then(problem: Problem, tmp_path: Path) -> None:
+    with rich_memory(problem, tmp_path / "memory") as memory:
+        kept = pickle.dumps(memory)
+        memory.forget(["row 4"])
+    assert len(kept) < 1000  # the path, no rows
+    assert len(pickle.loads(kept)) == 46
+
+
+def test_a_memory_whose_directory_is_gone_cannot_be_unpickled(problem: Problem, tmp_path: Path) -> None:
+    with memory_of(problem, tmp_path / "memory") as memory:
+        kept = pickle.dumps(memory)
+    shutil.rmtree(tmp_path / "memory")
+    with pytest.raises(MemoryNotFound, match="no memory at"):
+        pickle.loads(kept)
 
 
 # ---------------------------------------------------------------------- readers beside a writer

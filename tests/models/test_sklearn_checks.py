@@ -24,6 +24,6 @@ BASES: list[Any] = [
 
 
 @pytest.mark.usefixtures("unchecked")
-@parametrize_with_checks(BASES)
+@parametrize_with_checks(BASES)  # type: ignore[untyped-decorator]
 def test_every_check_of_scikit_learn_passes(estimator: Any, check: Any) -> None:
     check(estimator)

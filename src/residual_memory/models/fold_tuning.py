@@ -409,7 +409,9 @@ def valid_probabilities(scores: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
 
 
 def error_scale(folds: Sequence[Fold], setting: Setting) -> tuple[Float[ndarray, " c"], Float[ndarray, " c"]]:
-    """From the neighbours' mean absolute residual s to a deviation: factor · (s + offset), one of each an output.
+    """From what the correction leaves of the neighbours' residuals, s, to a deviation: factor · (s + offset).
+
+    One of each an output; s is the mean over the neighbours of |residual − correction|.
 
     The factor is such that 95 % of the held-out rows lie within 1.96 deviations of their corrected prediction.
 
@@ -420,9 +422,11 @@ def error_scale(folds: Sequence[Fold], setting: Setting) -> tuple[Float[ndarray,
     spreads, errors = [], []
     for fold in folds:
         near = np.maximum(fold.found.rows[:, : setting.n_neighbors], 0)
-        spreads.append(np.abs(fold.rows.targets[near] - fold.rows.predictions[near]).mean(axis=1))
-        everything = np.ones(len(fold.queries), bool)
-        errors.append(np.abs(fold.rows.targets[fold.queries] - fold.corrected(setting, everything)))
+        corrected = fold.corrected(setting, np.ones(len(fold.queries), bool))
+        correction = corrected - fold.rows.predictions[fold.queries]
+        left = fold.rows.targets[near] - fold.rows.predictions[near] - correction[:, None]
+        spreads.append(np.abs(left).mean(axis=1))
+        errors.append(np.abs(fold.rows.targets[fold.queries] - corrected))
     spread, error = np.concatenate(spreads), np.concatenate(errors)
     offset = SMALLEST_SPREAD * spread.mean(axis=0)
     scaled = error / np.maximum(spread + offset, np.finfo(float).tiny)

@@ -617,9 +617,9 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         if issparse(X):
             return X.tocsr()
         rows = X if isinstance(X, ndarray) or hasattr(X, "columns") else np.asarray(X)
-        if np.ndim(rows) != 2:
+        if len(rows.shape) != 2:
             raise InvalidInput(
-                f"X has shape {np.shape(rows)}, expected two axes: rows and columns. Reshape your data by "
+                f"X has shape {rows.shape}, expected two axes: rows and columns. Reshape your data by "
                 "X.reshape(-1, 1) if it has one column, or X.reshape(1, -1) if it is one row"
             )
         return rows
@@ -738,8 +738,8 @@ class ResMemRegressor(RegressorMixin, _ResMem):
 
         Parameters
         ----------
-        return_std : give also an estimate of each error: the neighbours' mean absolute residual, scaled so that 95 %
-            of the held-out rows of `fit` lie within 1.96 of it.
+        return_std : give also an estimate of each error: what the correction leaves of the neighbours' residuals,
+            scaled so that 95 % of the held-out rows of `fit` lie within 1.96 of it.
 
         Raises
         ------
@@ -747,7 +747,8 @@ class ResMemRegressor(RegressorMixin, _ResMem):
         """
         said, keys = self._queries(X)
         found = self._knn.look_up(keys, labels=self.setting_.residual_share != 1)
-        values = self._shaped(self.setting_.corrected(said, found, "regression")[1])
+        corrected = self.setting_.corrected(said, found, "regression")[1]
+        values = self._shaped(corrected)
         if not return_std:
             return values
         if self._error_scale is None:
@@ -756,7 +757,7 @@ class ResMemRegressor(RegressorMixin, _ResMem):
                 f"fit at least {FEWEST_ROWS}"
             )
         factor, offset = self._error_scale
-        spread = np.nan_to_num(self._knn.spread(keys), nan=np.inf)
+        spread = np.nan_to_num(self._knn.spread(keys, around=corrected - said), nan=np.inf)
         return values, self._shaped(factor * (spread + offset))
 
     def __sklearn_tags__(self) -> Any:
@@ -810,7 +811,8 @@ class ResMemRegressor(RegressorMixin, _ResMem):
         amount = self.setting_.shrinkage or 1.0
         suggestion = correct(said, found.correction(said, self.setting_.residual_share), amount)
         error = targets - suggestion
-        spread = np.maximum(self._knn.spread(keys, ids), np.finfo(float).tiny)
+        left = self._knn.spread(keys, ids, around=suggestion - said)
+        spread = np.maximum(left, np.finfo(float).tiny)
         scale = np.median(np.abs(error) / spread, axis=0) / 0.6745
         score = (np.abs(error) / (spread * np.where(scale > 0, scale, 1.0))).max(axis=1)
         _, parts = self._knn.contributions(keys, ids)
@@ -930,7 +932,7 @@ class ResMemClassifier(ClassifierMixin, _ResMem):
         expected = getattr(self, "_expected", None)
         if expected is not None:
             if len(missing := np.setdiff1d(self.classes_, expected)):
-                raise InvalidInput(f"y holds {missing[0]!r}, which is not among the classes that were given")
+                raise InvalidInput(f"y holds {missing.tolist()[0]!r}, which is not among the classes that were given")
             self.classes_ = expected
         self._order = np.arange(len(self.classes_))  # of the memory's columns
         self._n_outputs = len(self.classes_)
@@ -938,10 +940,7 @@ class ResMemClassifier(ClassifierMixin, _ResMem):
 
     def _targets_of(self, y: Any) -> Int64[ndarray, " n"]:
         """Columns of the memory."""
-        places = np.searchsorted(self.classes_, y)
-        inverse = np.empty(len(self._order), np.int64)
-        inverse[self._order] = np.arange(len(self._order))
-        return self._order[places] if len(self._order) else places
+        return self._order[np.searchsorted(self.classes_, y)]
 
     def _further_targets(self, y: Any) -> Int64[ndarray, " n"]:
         check_classification_targets(y)
@@ -955,8 +954,8 @@ class ResMemClassifier(ClassifierMixin, _ResMem):
         """Columns for labels that never came before: the memory in RAM is made anew, wider."""
         if self.memory_.path is not None:
             raise InvalidInput(
-                f"y holds {fresh[0]!r}, for which the memory at {self.memory_.path} has no room; name all labels in "
-                "`classes` of the first partial_fit, or keep the memory in RAM"
+                f"y holds {fresh.tolist()[0]!r}, for which the memory at {self.memory_.path} has no room; name all "
+                "labels in `classes` of the first partial_fit, or keep the memory in RAM"
             )
         columns = np.concatenate([self._order, np.arange(self._n_outputs, self._n_outputs + len(fresh))])
         classes = np.concatenate([self.classes_, fresh])
@@ -979,7 +978,7 @@ class ResMemClassifier(ClassifierMixin, _ResMem):
         known = np.isin(model.classes_, self.classes_)
         if not known.all():
             raise InvalidInput(
-                f"the base predicts {np.asarray(model.classes_)[~known][0]!r}, which is no label of y; "
+                f"the base predicts {np.asarray(model.classes_)[~known].tolist()[0]!r}, which is no label of y; "
                 "give rows of all its classes, or name them in `classes` of partial_fit"
             )
         said[:, self._order[places]] = given

@@ -119,21 +119,27 @@ class _Compressor(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
 
 def _columns(X: Any) -> list[ndarray]:
-    """The columns of a data frame (of any library) or an array."""
+    """The columns of a data frame (of any library) or an array: numbers, or objects."""
     if hasattr(X, "columns") and not isinstance(X, ndarray):
-        return [np.asarray(X[name]) for name in X.columns]
+        return [_values(X[name]) for name in X.columns]
     values = np.asarray(X)
-    return [values[:, place] for place in range(values.shape[1])]
+    return [_values(values[:, place]) for place in range(values.shape[1])]
+
+
+def _values(column: Any) -> ndarray:
+    """A column as it is to be counted with: times as seconds, what is missing as NaN."""
+    values = np.asarray(column)
+    if values.dtype.kind in "mM":
+        unit = "datetime64[us]" if values.dtype.kind == "M" else "timedelta64[us]"
+        return np.where(np.isnat(values), np.nan, values.astype(unit).astype(np.int64) / 1e6)
+    if values.dtype == object and hasattr(column, "isna"):
+        return np.where(column.isna(), np.nan, values)
+    return values
 
 
 def _kind(column: ndarray) -> str:
     if column.dtype.kind in "iufb":
         return "number"
-    if column.dtype.kind in "mM":
-        raise InvalidInput(
-            f"a column holds {column.dtype}, which keys cannot be made of; turn times into numbers, such as the hour "
-            "and the days since a date, or pass embed="
-        )
     try:
         column.astype(np.float64)
     except (TypeError, ValueError):
