@@ -105,17 +105,16 @@ class Fold:
         keys: Float[ndarray, "n d"],
         rows: Lesson,
         queries: Int64[ndarray, " q"],
-        usable: Bool[ndarray, " n"],
+        usable: Int64[ndarray, " u"],
         k: int,
         index: str,
         absolute: bool = False,
     ) -> "Fold":
         """Search for neighbours among the usable rows."""
-        near = np.flatnonzero(usable)
-        column = Column([keys[near]], keys[:0])
-        engine = build_index(IndexSpec.parse(index), column, 0, len(near))
-        found = nearest([engine], column, keys[queries], min(k, len(near)))
-        places = np.where(found.rows >= 0, near[np.maximum(found.rows, 0)], -1)
+        column = Column([keys[usable]], keys[:0])
+        engine = build_index(IndexSpec.parse(index), column, 0, len(usable))
+        found = nearest([engine], column, keys[queries], min(k, len(usable)))
+        places = np.where(found.rows >= 0, usable[np.maximum(found.rows, 0)], -1)
         return Fold(queries, Neighbors(found.distances, places), Column([keys], keys[:0]), rows, absolute)
 
     def typical(self, k: int) -> float:
@@ -123,6 +122,11 @@ class Fold:
         distances = self.found.distances[:, k - 1]
         present = distances[np.isfinite(distances)]
         return (float(np.median(present)) or float(present.mean()) or 1.0) if len(present) else 1.0
+
+    def reach(self, k: int) -> float:
+        """The largest distance to the k-th neighbour that was seen, in units of the typical one; 0 if none was."""
+        distances = self.found.distances[:, min(k, self.found.distances.shape[1]) - 1] / self.typical(k)
+        return float(distances[np.isfinite(distances)].max(initial=0))
 
     def placed(self, shape: Setting) -> Setting:
         """A setting with its bandwidth in the unit of this fold's distances."""
@@ -225,16 +229,15 @@ class Chosen:
     Attributes
     ----------
     candidate : the kind of keys.
-    setting : with the bandwidth as a multiple of a distance to the k-th neighbour; without the memory where it does
-        not help.
-    memory_only : of the labels alone, for the same keys.
+    setting : with the bandwidth as a multiple of a distance to the k-th neighbour.
     evaluation : base, memory-only and corrected, cross-fitted.
+    helps : the whole interval of the gain is above zero, and of classes no less rows are right.
     """
 
     candidate: str
     setting: Setting
-    memory_only: Setting
     evaluation: Evaluation
+    helps: bool
 
 
 class _Candidate:
@@ -342,12 +345,11 @@ def choose(
     evaluation = summarize(metric, base=base, memory_only=alone, corrected=corrected, groups=owners)
     everything = np.ones(len(queries), bool)
     candidate, setting, _ = _best(tried, grid, everything)
-    alone_place = int(candidate.losses_alone.mean(axis=1).argmin())
     return Chosen(
         candidate.name,
-        setting if evaluation.helps and no_worse else setting.without_memory(),
-        candidate.alone(alone_place),
+        setting,
         evaluation,
+        evaluation.helps and no_worse,
     )
 
 

@@ -3,9 +3,9 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped
@@ -13,46 +13,26 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import ResidualKNN, correct
-from residual_memory.errors import InSampleResiduals, InvalidInput, MissingExtra, UncalibratedScores
-from residual_memory.evaluation import Evaluation
+from residual_memory.errors import InvalidInput, MissingExtra, UncalibratedScores
+from residual_memory.evaluation import Evaluation, Setting
 from residual_memory.explanation import Explanation, explain
 from residual_memory.memory import Memory
-from residual_memory.metric_learning import Lesson, learn_metric
-from residual_memory.models.fold_tuning import (
-    PROBABILITY_FLOOR,
-    Chosen,
-    Fold,
-    Grid,
-    choose,
-    error_scale,
-    valid_probabilities,
-)
+from residual_memory.models.fold_tuning import PROBABILITY_FLOOR, Chosen, Grid, error_scale, valid_probabilities
+from residual_memory.models.table_fitting import FEWEST_ROWS, Fitting, Remembered, Residuals, Rows
 from residual_memory.models.table_keys import Embedding, Keys, embedding_named, natural_channels
 from residual_memory.types import Task
 from residual_memory.validation import as_count, as_fraction, as_ids, as_positive
 
 try:
     from scipy.sparse import issparse
-    from sklearn.base import (
-        BaseEstimator,
-        ClassifierMixin,
-        MetaEstimatorMixin,
-        RegressorMixin,
-        clone,
-    )
+    from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, RegressorMixin
     from sklearn.exceptions import DataConversionWarning
-    from sklearn.frozen import FrozenEstimator
-    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, check_cv
+    from sklearn.model_selection import check_cv
     from sklearn.utils import Bunch, assert_all_finite, get_tags
-    from sklearn.utils import _safe_indexing as rows_of
     from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
     from sklearn.utils.metadata_routing import _raise_for_params as raise_for_params
     from sklearn.utils.metadata_routing import _routing_enabled as routing_enabled
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.parallel import Parallel, delayed
-    from sklearn.utils.validation import (
-        _check_method_params as params_of_rows,
-    )
     from sklearn.utils.validation import (
         _num_samples as n_rows_of,
     )
@@ -66,33 +46,8 @@ try:
 except ImportError as error:
     raise MissingExtra("scikit-learn estimators", "sklearn") from error
 
-Residuals = Literal["out_of_fold", "in_sample", "held_out"]
 RESIDUALS = ("out_of_fold", "in_sample", "held_out")
 METRICS = ("auto", None, "diagonal", "full")
-
-TUNING_ROWS = 6_000  # held-out rows that settings are chosen by, where there are as many
-FEWEST_ROWS = 20  # below this nothing can be told from held-out rows
-WIDEST = 256  # numbers in a key up to which a metric is learned
-ROWS_A_NUMBER = 8  # for each number of a full metric that is to be learned
-NO_ENERGY = 1e-3  # part of the labels' variance below which the residuals say nothing
-
-
-@dataclass(frozen=True)
-class _Observed:
-    """What the base said of the rows that the memory is to hold.
-
-    Attributes
-    ----------
-    rows : of the data that was given to `fit`.
-    predictions : honest ones, or those of the base that was fitted on the rows themselves.
-    folds : for each fold of the tuning, the positions (among `rows`) of its queries and of the rows that may be used.
-    models : the base fitted without that fold; none where keys and predictions of the one base are as of new rows.
-    """
-
-    rows: Int64[ndarray, " m"]
-    predictions: Float[ndarray, "m c"]
-    folds: list[tuple[Int64[ndarray, " q"], Int64[ndarray, " u"]]]
-    models: list[Any]
 
 
 class _ResMem(MetaEstimatorMixin, BaseEstimator):
@@ -159,187 +114,74 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         """
         raise_for_params(fit_params, self, "fit", allow=["sample_weight"])
         grid = self._checked_options()
+        X = self._as_rows(X)
         validate_data(self, X, y, skip_check_array=True)
-        X, y = self._as_rows(X), self._checked_labels(y)
+        y = self._checked_labels(y)
         check_consistent_length(X, y, ids, groups)
         n_rows = n_rows_of(X)
         if n_rows < 2:
             raise InvalidInput(
                 f"there is 1 sample (n_samples = {n_rows}), expected at least 2: one to learn, one to keep"
             )
-        groups = None if groups is None else as_ids(groups, n_rows, name="groups")
+        owners = None if groups is None else as_ids(groups, n_rows, name="groups")
         names = np.arange(n_rows) if ids is None else as_ids(ids, n_rows)
-        params = self._routed(fit_params, groups)
-        targets = self._targets_of(y)
-        seen = self._observe(X, y, targets, groups, params)
+        rows = Rows(X, y, self._targets_of(y), names, owners)
+        params = self._routed(fit_params, owners)
+        fitting = Fitting(
+            self.estimator,
+            self._task,
+            self._said,
+            self.residuals,
+            self.cv,
+            self.metric,
+            grid,
+            self.index,
+            self.n_jobs,
+            self._seed(),
+        )
+        seen = fitting.observe(rows, params.estimator.fit, params.splitter.split)
         weightless = _weightless(fit_params, n_rows)
-        if weightless is not None:
-            seen = _without(seen, weightless)
-        self._warn_without_energy(targets[seen.rows], seen.predictions)
-        kept = rows_of(X, seen.rows)
-        near = None if groups is None else groups[seen.rows]
-        self._make_memory(kept, targets[seen.rows], rows_of(y, seen.rows), seen, names[seen.rows], near, grid)
+        seen = seen if weightless is None else seen.without(weightless)
+        rows = rows.some(seen.rows)
+        fitting.warn_without_energy(rows.targets, seen.predictions)
+        self.estimator_ = seen.estimator
+        self._remember(rows, seen.predictions, fitting.remember(rows, seen, self._kinds(rows.X)), grid)
         return self
 
-    def _observe(
-        self,
-        X: Any,
-        y: Any,
-        targets: Shaped[ndarray, "n ..."],
-        groups: Shaped[ndarray, " n"] | None,
-        params: Bunch,
-    ) -> _Observed:
-        """Fit the base and let it predict the rows as `residuals` wants it."""
-        everything = np.arange(len(targets))
-        fit = params.estimator.fit
-        if isinstance(self.estimator, FrozenEstimator):
-            self.estimator_ = self.estimator
-            return self._observed_once(X, everything, self._splits(X, targets, groups, params))
-        splits = self._splits(X, targets, groups, params)
-        if self.residuals == "held_out":
-            train, held = splits[0]
-            self.estimator_ = _fitted(self.estimator, X, y, train, fit)
-            chosen = None if groups is None else groups[held]
-            parts = self._splits(rows_of(X, held), targets[held], chosen, Bunch(splitter=Bunch(split={})), inner=True)
-            return self._observed_once(X, held, parts)
-        used = splits if self.residuals == "out_of_fold" else _enough(splits)
-        models = list(
-            Parallel(n_jobs=self.n_jobs)(delayed(_fitted)(self.estimator, X, y, train, fit) for train, _ in used)
-        )
-        self.estimator_ = _fitted(self.estimator, X, y, everything, fit)
-        if self.residuals == "in_sample":
-            return _Observed(
-                everything, self._said(self.estimator_, X), [(held, train) for train, held in used], models
-            )
-        predictions = np.full((len(targets), self._n_outputs), np.nan)
-        for model, (_, held) in zip(models, splits, strict=True):
-            predictions[held] = self._said(model, rows_of(X, held))
-        honest = np.flatnonzero(np.isfinite(predictions).all(axis=1))  # a splitter may test some rows never
-        place = np.full(len(targets), -1)
-        place[honest] = np.arange(len(honest))
-        folds = [(place[held], place[train][place[train] >= 0]) for train, held in splits]
-        return _Observed(honest, predictions[honest], folds, models)
-
-    def _observed_once(self, X: Any, rows: Int64[ndarray, " m"], splits: list[tuple[ndarray, ndarray]]) -> _Observed:
-        """Rows that the one base predicts as it predicts new ones."""
-        said = self._said(self.estimator_, rows_of(X, rows))
-        return _Observed(rows, said, [(held, train) for train, held in splits], [])
-
-    def _splits(
-        self,
-        X: Any,
-        targets: Shaped[ndarray, "n ..."],
-        groups: Shaped[ndarray, " n"] | None,
-        params: Bunch,
-        *,
-        inner: bool = False,
-    ) -> list[tuple[ndarray, ndarray]]:
-        """Training and held-out rows of each fold."""
-        classes = self._task == "classification"
-        if not isinstance(self.cv, int) and not inner:
-            splitter = check_cv(self.cv, targets, classifier=classes)
-            splits = [(train, held) for train, held in splitter.split(X, targets, **params.splitter.split)]
-            times = np.bincount(np.concatenate([held for _, held in splits]), minlength=len(targets))
-            if times.max() > 1:
-                raise InvalidInput(
-                    f"cv holds row {int(times.argmax())} out {times.max()} times, expected each at most once; "
-                    "use a splitter such as KFold"
-                )
-            return splits
-        owners = len(targets) if groups is None else len(np.unique(groups))
-        wanted = as_count("cv", self.cv) if isinstance(self.cv, int) else 5
-        n_folds, seed = min(wanted, owners), self._seed()
-        if n_folds < 2:
-            raise InvalidInput(f"cv is {wanted} for {owners} groups or rows, expected at least 2 of each")
-        most = int(np.bincount(targets).max()) if classes else 0
-        if classes and min(n_folds, most) >= 2:
-            if groups is not None:
-                splitter = StratifiedGroupKFold(min(n_folds, most), shuffle=True, random_state=seed)
-            else:
-                splitter = StratifiedKFold(min(n_folds, most), shuffle=True, random_state=seed)
-        elif groups is not None:
-            splitter = GroupKFold(n_folds)
-        else:
-            splitter = KFold(n_folds, shuffle=True, random_state=seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            return [(train, held) for train, held in splitter.split(X, targets, groups) if len(held)]
-
-    def _make_memory(
-        self,
-        X: Any,
-        targets: Shaped[ndarray, "m ..."],
-        y: Any,
-        seen: _Observed,
-        names: Shaped[ndarray, " m"],
-        groups: Shaped[ndarray, " m"] | None,
-        grid: Grid,
-    ) -> None:
-        """Choose keys and setting, and remember the rows under these keys."""
-        lesson = Lesson(self._task, targets, seen.predictions)
-        learner = Lesson.of(self._task, targets, seen.predictions)
-        kinds = self._kinds(X)
-        folds = list(self._tuning_folds(seen)) if len(targets) >= FEWEST_ROWS else []
-        candidates: dict[str, list[Fold]] = {}
-        metrics: dict[str, tuple[str, Any, Any]] = {}
-        for name, embedding in kinds.items():
-            for fold in folds:
-                for shape, metric, found in self._candidates(
-                    X, y, lesson, learner, seen, embedding, fold, grid, groups
-                ):
-                    label = name if shape is None else f"{name}, {shape} metric"
-                    candidates.setdefault(label, []).append(found)
-                    metrics[label] = (name, shape, metric)
-        chosen = choose(candidates, grid, groups=groups, seed=self._seed()) if candidates else None
-        label = chosen.candidate if chosen else next(iter(kinds))
-        name, shape, start = metrics.get(label, (label, None, None))
-        self.keys_ = label
-        self._embedding = copy.copy(kinds[name]).fit(X, y, self.estimator_)
-        keys = self._embedding.keys(X, self.estimator_, seen.predictions)
-        self._metric = None
-        if shape is not None:
-            # What a fold learned is a good beginning; here the held-out rows teach as well.
-            self._metric = learn_metric(keys, learner, shape, start=start, n_rounds=1, groups=groups, seed=self._seed())
-            keys = keys @ self._metric
+    def _remember(self, rows: Rows, said: Float[ndarray, "m c"], found: Remembered, grid: Grid) -> None:
+        """Put the rows into the memory, and turn what was chosen by folds into a setting for it."""
+        self.keys_, self._embedding, self._metric = found.name, found.embedding, found.metric
         self.memory_ = Memory.create(
             self.memory,
-            dim=keys.shape[1],
-            n_outputs=self._n_outputs,
+            dim=found.keys.shape[1],
+            n_outputs=said.shape[1],
             task=self._task,
             class_names=self._class_names(),
             key_dtype="float64",
             prediction_dtype="float64",
         )
-        self.memory_.append(keys, targets, seen.predictions, names, groups)
-        self._settle(chosen, candidates.get(label, []), grid)
-
-    def _settle(self, chosen: Chosen | None, folds: list[Fold], grid: Grid) -> None:
-        """From multiples of distances between the rows of folds to distances in the memory."""
-        self.evaluation_: Evaluation | None = chosen.evaluation if chosen else None
-        setting = chosen.setting if chosen else grid.shapes(len(self.memory_))[0]
-        if chosen is None:
-            setting = replace(setting, residual_share=grid.residual_shares[-1], temperature=1.0)
-        if self.shrinkage != "auto":
-            setting = replace(setting, shrinkage=float(self.shrinkage))
-        elif chosen is None:
-            setting = setting.without_memory()
-        k = min(setting.n_neighbors, len(self.memory_))
+        self.memory_.append(found.keys, rows.targets, said, rows.ids, rows.groups)
+        self.evaluation_: Evaluation | None = found.chosen.evaluation if found.chosen else None
+        setting = self._trusted(found.chosen, grid, len(rows))
+        k = min(setting.n_neighbors, len(rows))
         unit = ResidualKNN(self.memory_, n_neighbors=k, index=self.index).bandwidth
-        absolute = grid.absolute or setting.local
-        bandwidth = float(setting.bandwidth) if absolute else float(setting.bandwidth) * unit
-        farthest = None
-        if isinstance(self.max_distance, str) and folds:
-            seen = [fold.found.distances[:, min(k, fold.found.rows.shape[1]) - 1] / fold.typical(k) for fold in folds]
-            reach = np.concatenate(seen)
-            farthest = unit * float(reach[np.isfinite(reach)].max(initial=0)) or None
-        elif self.max_distance is not None and not isinstance(self.max_distance, str):
-            farthest = float(self.max_distance)
-        self._error_scale = None
-        if self._task == "regression" and folds:
-            self._error_scale = error_scale(folds, setting)
-        self.setting_ = replace(setting, n_neighbors=k, bandwidth=bandwidth, max_distance=farthest)
+        assert not isinstance(setting.bandwidth, str)
+        bandwidth = setting.bandwidth * (1.0 if grid.absolute or setting.local else unit)
+        reach = max((fold.reach(k) for fold in found.folds), default=np.inf)
+        limit = self.max_distance if self.max_distance != "auto" else unit * reach if 0 < reach < np.inf else None
+        self._error_scale = error_scale(found.folds, setting) if self._task == "regression" and found.folds else None
+        self.setting_ = replace(setting, n_neighbors=k, bandwidth=bandwidth, max_distance=limit)
         self.memory_.save_setting(self.setting_.to_dict())
         self._knn = self.setting_.knn(self.memory_, index=self.index)
+
+    def _trusted(self, chosen: Chosen | None, grid: Grid, n_rows: int) -> Setting:
+        """What was chosen, without the memory where that does not help, unless it was asked for."""
+        given = self.shrinkage != "auto"
+        if chosen is not None:
+            return chosen.setting if chosen.helps or given else chosen.setting.without_memory()
+        share, amount = grid.amounts[0]
+        shape = replace(grid.shapes(n_rows)[0], temperature=1.0 if self.temperature == "auto" else self.temperature)
+        return replace(shape, residual_share=share, shrinkage=amount) if given else shape.without_memory()
 
     @property
     def verdict_(self) -> str:
@@ -357,67 +199,6 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
             return {name: embedding_named(name, classifier=classes) for name in names}
         name = self.embed if isinstance(self.embed, str) else type(self.embed).__name__
         return {name: embedding_named(self.embed, classifier=classes)}
-
-    def _tuning_folds(self, seen: _Observed) -> Iterator[tuple[int, Int64[ndarray, " q"], Bool[ndarray, " m"]]]:
-        """Number, queries and usable rows of as many folds as give enough queries."""
-        random, left = np.random.default_rng(self._seed()), TUNING_ROWS
-        for number, (queries, usable) in enumerate(seen.folds):
-            if left <= 0:
-                return
-            if not len(queries) or len(usable) < 2:
-                continue
-            some = np.sort(random.choice(queries, min(len(queries), left), replace=False))
-            left -= len(some)
-            allowed = np.zeros(len(seen.rows), bool)
-            allowed[usable] = True
-            yield number, some, allowed
-
-    def _candidates(
-        self,
-        X: Any,
-        y: Any,
-        lesson: Lesson,
-        learner: Lesson,
-        seen: _Observed,
-        embedding: Embedding,
-        fold: tuple[int, Int64[ndarray, " q"], Bool[ndarray, " m"]],
-        grid: Grid,
-        groups: Shaped[ndarray, " m"] | None,
-    ) -> Iterator[tuple[Any, Float[ndarray, "d d"] | None, Fold]]:
-        """One fold under one kind of keys, with each metric."""
-        number, queries, allowed = fold
-        model = seen.models[number] if seen.models else self.estimator_
-        usable = np.flatnonzero(allowed)
-        train = usable if embedding.saw_labels and seen.models else np.arange(len(seen.rows))
-        fitted = copy.copy(embedding).fit(rows_of(X, train), rows_of(y, train), model)
-        rows, taught = lesson, learner
-        if self.residuals == "in_sample" and seen.models:
-            rows = replace(lesson, predictions=self._said(model, X))
-            taught = Lesson.of(self._task, rows.targets, rows.predictions)
-        keys = fitted.keys(X, model, rows.predictions)
-        k = grid.most_neighbors(len(usable))
-        metric = None
-        for shape in self._metrics(keys, embedding, len(usable)):
-            placed = keys
-            if shape is not None:
-                near = None if groups is None else groups[usable]
-                metric = learn_metric(
-                    keys[usable], taught.some(usable), shape, start=metric, groups=near, seed=self._seed()
-                )
-                placed = keys @ metric
-            yield shape, metric, Fold.of(placed, rows, queries, allowed, k, self.index, grid.absolute)
-
-    def _metrics(self, keys: Keys, embedding: Embedding, n_rows: int) -> list[Any]:
-        """Which metrics to try: learned ones for keys that did not see labels, of few enough numbers."""
-        if self.metric is None or not isinstance(self.bandwidth, str):
-            return [None]
-        if self.metric != "auto":
-            return [self.metric]
-        width = keys.shape[1]
-        if embedding.saw_labels or n_rows < 2 * FEWEST_ROWS or width > WIDEST:
-            return [None]
-        tried: list[Any] = [None, "diagonal"] if width > 1 else [None]
-        return [*tried, "full"] if 1 < width and width**2 * ROWS_A_NUMBER <= n_rows else tried
 
     # ------------------------------------------------------------------ changing the memory
 
@@ -624,23 +405,6 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
             )
         return rows
 
-    def _warn_without_energy(self, targets: Shaped[ndarray, "m ..."], said: Float[ndarray, "m c"]) -> None:
-        if self.residuals == "out_of_fold" and not isinstance(self.estimator, FrozenEstimator):
-            return
-        if self._task == "classification":
-            labels = np.eye(said.shape[1])[targets]
-            energy, size = np.square(labels - said).sum(axis=1).mean(), 1 - np.square(labels.mean(axis=0)).sum()
-        else:
-            energy, size = np.square(targets - said).mean(), targets.var(axis=0).mean()
-        if energy <= NO_ENERGY * size:
-            warnings.warn(
-                f"the residuals hold {energy / size if size else 0:.2g} of the labels' variance: the base knows these "
-                "rows by heart, so there is nothing to memorize; use residuals='out_of_fold', or rows that the base "
-                "was not fitted on",
-                InSampleResiduals,
-                stacklevel=3,
-            )
-
 
 def _number(name: str, value: Any) -> float:
     try:
@@ -652,34 +416,12 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _fitted(estimator: Any, X: Any, y: Any, rows: Int64[ndarray, " r"], params: Mapping[str, Any]) -> Any:
-    return clone(estimator).fit(rows_of(X, rows), rows_of(y, rows), **params_of_rows(X, params, indices=rows))
-
-
-def _enough(splits: list[tuple[ndarray, ndarray]]) -> list[tuple[ndarray, ndarray]]:
-    """As many folds as give enough rows to tune on."""
-    totals = np.cumsum([len(held) for _, held in splits])
-    return splits[: int(np.searchsorted(totals, TUNING_ROWS)) + 1]
-
-
 def _weightless(fit_params: Mapping[str, Any], n_rows: int) -> Bool[ndarray, " n"] | None:
     weights = fit_params.get("sample_weight")
     if weights is None or np.shape(weights) != (n_rows,):
         return None
     none = np.asarray(weights) == 0
     return none if none.any() and not none.all() else None
-
-
-def _without(seen: _Observed, gone: Bool[ndarray, " n"]) -> _Observed:
-    """The same without some of the rows."""
-    kept = ~gone[seen.rows]
-    place = np.where(kept, np.cumsum(kept) - 1, -1)
-
-    def moved(rows: Int64[ndarray, " r"]) -> Int64[ndarray, " s"]:
-        return place[rows][place[rows] >= 0]
-
-    folds = [(moved(queries), moved(usable)) for queries, usable in seen.folds]
-    return _Observed(seen.rows[kept], seen.predictions[kept], folds, seen.models)
 
 
 class ResMemRegressor(RegressorMixin, _ResMem):

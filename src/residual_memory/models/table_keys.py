@@ -11,7 +11,7 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput, MissingExtra
 
 try:
-    from scipy.sparse import issparse
+    from scipy.sparse import csr_matrix, issparse
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, clone
     from sklearn.compose import ColumnTransformer
     from sklearn.decomposition import TruncatedSVD
@@ -30,6 +30,7 @@ FEW_LEVELS = 32  # whole numbers with no more values than this may be categories
 MAX_SPLIT = 128  # columns, with those of such categories, up to which they are taken for both
 LIKE_SIZE = 10.0  # largest deviation over the median one, up to which columns may have one unit
 SKEWED = 2.0  # skewness above which a column is compressed
+LEAF_COLUMNS = 4096
 LEAF_COMPONENTS = 128
 CHANNELS = ("input", "unscaled", "leaves", "hidden", "predict_proba", "predict")
 
@@ -254,24 +255,43 @@ class FunctionKeys(Embedding):
 class LeafKeys(Embedding):
     """Leaves of a forest or of boosted trees: squared distance is the share of trees in which two rows part.
 
-    One column a leaf would be thousands; the main components keep most of these distances.
+    One column a leaf would be thousands: many leaves share columns, each with a sign of its own, so that they disturb
+    each other little; and of those the main components keep most of the distances.
+
+    References
+    ----------
+    Weinberger et al., "Feature hashing for large scale multitask learning", ICML 2009.
     """
 
     saw_labels = True
 
     def fit(self, X: Any, y: Any, estimator: Any) -> "LeafKeys":
         leaves = leaves_of(estimator, X)
-        self._levels = OneHotEncoder(handle_unknown="ignore").fit(leaves)
-        marked = self._levels.transform(leaves)
-        width = min(LEAF_COMPONENTS, min(marked.shape) - 1)
-        self._main = TruncatedSVD(width, random_state=0).fit(marked) if width > 1 else None
         self._n_trees = leaves.shape[1]
+        self._first = np.concatenate([[0], np.cumsum(leaves.max(axis=0) + 1)])  # code of each tree's first leaf
+        n_codes, random = int(self._first[-1]), np.random.default_rng(0)
+        shared = n_codes > LEAF_COLUMNS
+        self._columns = random.integers(0, LEAF_COLUMNS, n_codes) if shared else np.arange(n_codes)
+        self._signs = random.choice([-1.0, 1.0], n_codes) if shared else np.ones(n_codes)
+        marked = self._marked(leaves)
+        width = min(LEAF_COMPONENTS, min(marked.shape) - 1)
+        self._main = TruncatedSVD(width, n_iter=2, random_state=0).fit(marked) if width > 1 else None
         return self
 
     def keys(self, X: Any, estimator: Any, predictions: Float[ndarray, "n c"]) -> Keys:
-        marked = self._levels.transform(leaves_of(estimator, X))
+        marked = self._marked(leaves_of(estimator, X))
         dense = marked.toarray() if self._main is None else self._main.transform(marked)
         return dense / np.sqrt(2 * self._n_trees)
+
+    def _marked(self, leaves: Shaped[ndarray, "n t"]) -> csr_matrix:
+        """A sparse row for each row, with a sign in the column of each of its leaves; none for leaves never seen."""
+        codes = np.asarray(leaves, np.int64) + self._first[:-1]
+        known = codes < self._first[1:]
+        codes = np.where(known, codes, 0)
+        ends = np.arange(0, codes.size + 1, self._n_trees)
+        values = (self._signs[codes] * known).ravel()
+        width = min(len(self._columns), LEAF_COLUMNS)
+        return csr_matrix((values, self._columns[codes].ravel(), ends), shape=(len(codes), width))
 
 
 class HiddenKeys(Embedding):
