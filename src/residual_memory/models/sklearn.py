@@ -25,17 +25,13 @@ from residual_memory.validation import as_count, as_fraction, as_ids, as_positiv
 
 try:
     from scipy.sparse import issparse
+    from sklearn import get_config
     from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, RegressorMixin
     from sklearn.exceptions import DataConversionWarning
     from sklearn.model_selection import check_cv
     from sklearn.utils import Bunch, assert_all_finite, get_tags
     from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
-    from sklearn.utils.metadata_routing import _raise_for_params as raise_for_params
-    from sklearn.utils.metadata_routing import _routing_enabled as routing_enabled
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.validation import (
-        _num_samples as n_rows_of,
-    )
     from sklearn.utils.validation import (
         check_array,
         check_consistent_length,
@@ -112,13 +108,12 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         ------
         InvalidInput : if an option or the data cannot be used. Other ValueErrors come from scikit-learn.
         """
-        raise_for_params(fit_params, self, "fit", allow=["sample_weight"])
         grid = self._checked_options()
         X = self._as_rows(X)
         validate_data(self, X, y, skip_check_array=True)
         y = self._checked_labels(y)
         check_consistent_length(X, y, ids, groups)
-        n_rows = n_rows_of(X)
+        n_rows = X.shape[0]
         if n_rows < 2:
             raise InvalidInput(
                 f"there is 1 sample (n_samples = {n_rows}), expected at least 2: one to learn, one to keep"
@@ -351,10 +346,15 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         return router.add(splitter=splitter, method_mapping=to_split)
 
     def _routed(self, fit_params: dict[str, Any], groups: Any) -> Bunch:
-        if routing_enabled():
-            more = {} if groups is None else {"groups": groups}
-            return process_routing(self, "fit", **fit_params, **more)
+        """What of it goes to the base, and what to the splitter."""
         split = {} if groups is None else {"groups": groups}
+        if get_config()["enable_metadata_routing"]:
+            return process_routing(self, "fit", **fit_params, **split)
+        if others := sorted(set(fit_params) - {"sample_weight"}):
+            raise InvalidInput(
+                f"fit was given {', '.join(others)}, which is only supported if enable_metadata_routing=True; "
+                "use sklearn.set_config, and the base's set_fit_request"
+            )
         return Bunch(estimator=Bunch(fit=fit_params), splitter=Bunch(split=split))
 
     # ------------------------------------------------------------------ inside

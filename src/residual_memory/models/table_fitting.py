@@ -23,7 +23,6 @@ try:
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, check_cv
     from sklearn.utils import _safe_indexing as rows_of
     from sklearn.utils.parallel import Parallel, delayed
-    from sklearn.utils.validation import _check_method_params as params_of_rows
 except ImportError as error:
     raise MissingExtra("scikit-learn estimators", "sklearn") from error
 
@@ -174,7 +173,10 @@ class Fitting:
         return Observed(base, held, said, [(queries, train) for train, queries in splits], [])
 
     def _fitted(self, rows: Rows, some: Int64[ndarray, " r"], params: Mapping[str, Any]) -> Any:
-        given = params_of_rows(rows.X, params, indices=some)
+        given = {
+            name: rows_of(value, some) if np.shape(value)[:1] == (len(rows),) else value
+            for name, value in params.items()
+        }
         return clone(self.estimator).fit(rows_of(rows.X, some), rows_of(rows.y, some), **given)
 
     def splits(self, rows: Rows, split: Mapping[str, Any]) -> Splits:
