@@ -66,7 +66,9 @@ def weights_by_hand(problem: Problem, setting: Setting) -> tuple[ndarray, ndarra
     sigma, unit = float(setting.bandwidth), distances[:, -1:] if setting.local else np.ones((len(distances), 1))
     if setting.kernel == "kriging":
         lines = zip(problem.queries / unit, rows, unit[:, 0], strict=True)
-        return np.array([reference.kriging(q, problem.keys[some] / u, sigma, setting.nugget) for q, some, u in lines]), rows
+        return np.array(
+            [reference.kriging(q, problem.keys[some] / u, sigma, setting.nugget) for q, some, u in lines]
+        ), rows
     raw = reference.KERNELS[setting.kernel](distances / unit, sigma)
     raw = np.where(distances > (setting.max_distance or np.inf), 0.0, raw)
     total = raw.sum(axis=1, keepdims=True)
@@ -227,9 +229,7 @@ def test_the_figures_of_shared_residuals_are_those_worked_out_by_hand(metric: Me
     base, scores = shared_by_hand(problem, setting)
     mean, margin = mean_and_margin(losses_by_hand(metric, scores, base, labels))
     found = evaluated(problem, setting, metric=metric)
-    np.testing.assert_allclose(
-        spread(found.corrected), (1 - mean if metric == "accuracy" else mean, margin), rtol=1e-5
-    )
+    np.testing.assert_allclose(spread(found.corrected), (1 - mean if metric == "accuracy" else mean, margin), rtol=1e-5)
     whole = evaluated(problem, replace(setting, residual_share=1.0), metric="log_loss")
     assert evaluated(problem, setting, metric="log_loss").corrected != whole.corrected
 

@@ -1,4 +1,4 @@
-"""Graph, map, rule and conformal packages that compute the same numbers; the letters are those of tests/test_oracles.py."""
+"""Graph, map, rule and conformal packages with the same numbers; the letters are those of tests/test_oracles.py."""
 
 from dataclasses import replace
 from typing import Any
@@ -112,7 +112,7 @@ def test_g_a_correction_by_cubists_weights_is_cubist_with_neighbors() -> None:
 
 
 def test_j_the_spread_of_residuals_is_crepes_difficulty_before_its_beta() -> None:
-    """Which scales keys to 0 … 1 and clips queries to that; by default it adds a beta of 0.01 and scales no estimate."""
+    """Which scales keys to 0 … 1, clips queries to that, and by default adds a beta of 0.01 to what it finds."""
     problem = regression(n=N, q=Q, c=1)
     keys, queries = 5 * problem.keys + 3, 8 * problem.queries
     oracle = DifficultyEstimator()

@@ -292,7 +292,7 @@ def test_the_weights_of_a_kernel_have_mass_one_and_those_of_kriging_any(problem:
     assert not np.allclose(mass["kriging"], 1, atol=0.1)
 
 
-# ---------------------------------------------------------------------------------------------- a share of the residuals
+# ---------------------------------------------------------------------------------------------- a share of residuals
 
 
 def shared_by_hand(problem: Problem, weights: ndarray, share: float, temperature: float = 1.0) -> ndarray:
