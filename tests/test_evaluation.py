@@ -280,7 +280,7 @@ def test_shrinkage_zero_gives_the_predictions_back_whatever_the_share(problem: P
     "share",
     [
         1.0,
-        pytest.param(0.3, marks=pytest.mark.xfail(strict=True, reason="`Averages.correction` fills up no predictions")),
+        0.3,
     ],
 )
 def test_predictions_of_fewer_classes_than_the_memorys_are_filled_up(problem: Problem, share: float) -> None:
@@ -290,7 +290,6 @@ def test_predictions_of_fewer_classes_than_the_memorys_are_filled_up(problem: Pr
     np.testing.assert_allclose(setting.predict(knn, problem.queries, problem.said), wanted, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="nobody looks at a setting's residual_share; InvalidInput is expected")
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_that_is_no_part_is_refused(share: float) -> None:
     with pytest.raises(InvalidInput, match="residual_share is"):

@@ -130,7 +130,7 @@ def test_one_output_given_as_one_axis_is_corrected_row_by_row(share: float) -> N
     "share",
     [
         1.0,
-        pytest.param(0.3, marks=pytest.mark.xfail(strict=True, reason="numpy's own ValueError, not DimensionMismatch")),
+        0.3,
     ],
 )
 @pytest.mark.parametrize("rows", [3, 0])
@@ -139,7 +139,6 @@ def test_predictions_of_another_length_are_refused(problem: Problem, share: floa
         explain(knn_of(memory_of(problem)), problem.queries, problem.said[:rows], residual_share=share)
 
 
-@pytest.mark.xfail(strict=True, reason="explain does not look at residual_share; InvalidInput is expected")
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_that_is_no_part_is_refused(problem: Problem, share: float) -> None:
     with pytest.raises(InvalidInput, match="residual_share is"):

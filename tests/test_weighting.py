@@ -168,9 +168,6 @@ def test_memories_beyond_the_limit_do_not_count(task: Any, kernel: str) -> None:
     np.testing.assert_allclose(knn(problem.queries), np.einsum("qk,qkc->qc", wanted, rest[rows]), atol=1e-13)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="kriging weighs memories beyond max_distance: `among` still ties them to the near ones"
-)
 @pytest.mark.parametrize("local", [False, True])
 def test_kriging_beyond_the_limit_is_as_if_these_memories_were_not_there(problem: Problem, local: bool) -> None:
     distances, rows = found_in(problem)

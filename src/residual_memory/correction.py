@@ -78,19 +78,23 @@ class Averages:
     labels: Float[ndarray, "q c"] | None = None
     mass: Float[ndarray, " q"] | None = None
 
-    def correction(self, predictions: Float[ndarray, "q c"], residual_share: float) -> Float[ndarray, "q c"]:
+    def correction(self, predictions: Float[ndarray, "q p"], residual_share: float) -> Float[ndarray, "q c"]:
         """Σ w (y − β f(neighbour) − (1 − β) f(query)): the residuals at β = 1, the correction of kNN-LM at 0.
 
         Parameters
         ----------
-        predictions : the base's for the queries.
+        predictions : the base's for the queries; classes that only the memory knows count as probability 0.
         residual_share : β; below 1 the labels must have been asked for.
+
+        Raises
+        ------
+        DimensionMismatch, InvalidInput : if the predictions do not fit, or the share is none.
         """
-        if residual_share == 1:
+        if as_fraction("residual_share", residual_share) == 1:
             return self.residual
         assert self.labels is not None
         assert self.mass is not None
-        pulled = self.labels - self.mass[:, None] * predictions
+        pulled = self.labels - self.mass[:, None] * _fitting(predictions, self.residual)
         return (residual_share * self.residual + (1 - residual_share) * pulled).astype(self.residual.dtype)
 
 
@@ -259,7 +263,7 @@ class ResidualKNN:
         keys: ArrayLike,
         exclude: ArrayLike | None = None,
         *,
-        predictions: Float[ndarray, "q c"] | None = None,
+        predictions: Float[ndarray, "r p"] | None = None,
         residual_share: float = 1.0,
     ) -> tuple[Found, Float[ndarray, "q k c"]]:
         """The neighbours and what each adds to the residual; summed over k it is what `__call__` gives.
@@ -271,9 +275,9 @@ class ResidualKNN:
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(state.snapshot, found)
         added = _gathered(state.snapshot, found.rows, self.temperature, state.table)
-        if residual_share != 1:
+        if as_fraction("residual_share", residual_share) != 1:
             assert predictions is not None
-            pulled = _targets(state.snapshot, found.rows) - predictions[:, None, :]
+            pulled = _targets(state.snapshot, found.rows) - _fitting(predictions, added[:, 0])[:, None, :]
             added = (residual_share * added + (1 - residual_share) * pulled).astype(added.dtype)
         parts = weights[..., None] * added
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
@@ -420,6 +424,13 @@ class ResidualKNN:
         return typical if typical > 0 else 1.0
 
 
+def _fitting(predictions: Float[ndarray, "r p"], residual: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
+    """Predictions as wide as a residual, with probability 0 for the classes that only the memory knows."""
+    if len(predictions) != len(residual) or predictions.shape[1] > residual.shape[1]:
+        raise DimensionMismatch(f"predictions {predictions.shape} and residual {residual.shape} do not fit")
+    return np.pad(predictions, ((0, 0), (0, residual.shape[1] - predictions.shape[1])))
+
+
 def neighbor_weights(
     keys: Column, found: Neighbors, how: Weighting, among: Float[ndarray, "q k k"] | None = None
 ) -> Float[ndarray, "q k"]:
@@ -434,12 +445,11 @@ def neighbor_weights(
     if how.kernel != KRIGING:
         return _kernel_weights(found.distances, how)
     distances, unit = _measured(found.distances, how)
-    if among is not None:
-        return kriging_weights(distances, among / unit[:, :, None], how.bandwidth, how.nugget)
-    weights = np.zeros(found.rows.shape)
+    weights, missing = np.zeros(found.rows.shape), np.isinf(distances)
     for piece in _pieces(len(found.rows), 8 * found.rows.shape[1] ** 2):
-        near = distances_among(keys, found.rows[piece]) / unit[piece, :, None]
-        weights[piece] = kriging_weights(distances[piece], near, how.bandwidth, how.nugget)
+        between = distances_among(keys, found.rows[piece]) if among is None else among[piece]
+        between = np.where(missing[piece, :, None] | missing[piece, None, :], np.inf, between / unit[piece, :, None])
+        weights[piece] = kriging_weights(distances[piece], between, how.bandwidth, how.nugget)
     return weights
 
 

@@ -8,7 +8,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import ResidualKNN, correct
-from residual_memory.validation import as_positive, as_predictions
+from residual_memory.validation import as_positive, as_values
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def explain(
     InvalidInput, DimensionMismatch : if keys or predictions do not fit the memory.
     """
     amount = as_positive("shrinkage", shrinkage) if shrinkage else 0.0
-    layout = knn.memory.layout
-    said = None if residual_share == 1 else np.asarray(as_predictions(predictions, layout.task, layout.n_outputs))
+    said = None if residual_share == 1 else as_values(predictions, name="predictions")
     found, parts = knn.contributions(keys, exclude, predictions=said, residual_share=residual_share)
     parts = parts * np.asarray(amount, parts.dtype)
     return Explanation(

@@ -160,6 +160,7 @@ def test_what_the_base_cannot_learn_is_remembered(base: Any) -> None:
         rmse(model.estimator_.predict(data.X_test), data.y_test),
     )
     assert better < 0.9 * plain
+    assert model.evaluation_ is not None
     assert model.evaluation_.corrected.value == pytest.approx(better, rel=0.35)
 
 
@@ -294,7 +295,6 @@ def test_a_class_that_comes_later_is_learned_by_the_memory() -> None:
     spot = np.random.default_rng(0).normal(8, 0.1, size=(40, 2))
     model.partial_fit(spot, np.full(40, "red"))
     np.testing.assert_array_equal(model.classes_, ["black", "red", "white"])
-    model.max_distance = None
     assert model.predict_proba(data.X_test).shape == (200, 3)
     np.testing.assert_array_equal(model.predict(data.X_test), before)
     assert (model.predict(spot + 0.01) == "red").mean() > 0.9
@@ -318,7 +318,8 @@ def test_rows_go_by_the_names_that_they_were_given() -> None:
     np.testing.assert_array_equal(ids[:, 0], names[:3])
     np.testing.assert_allclose(distances, 0, atol=1e-6)
     model.forget(["house-0"])
-    assert model.kneighbors(data.X[:1], 1, return_distance=False)[0, 0] != "house-0"
+    assert model.kneighbors(data.X[:1], n_neighbors=1)[1][0, 0] != "house-0"
+    assert np.shape(model.kneighbors(data.X[:2], 3, return_distance=False)) == (2, 3)
     with pytest.raises(DuplicateId):
         model.partial_fit(data.X[:1], data.y[:1], ids=["house-1"])
 

@@ -227,7 +227,7 @@ class Memory:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a memory in RAM holds its rows; that of one on disk opens it again, read-only."""
         if self.path is not None:
-            return Memory.open, (str(self.path),)
+            return Memory.open, (str(self.path.absolute()),)
         snapshot = self._snapshot
         return _in_ram, (snapshot.manifest, [dict(table) for table in snapshot.tables], snapshot.forgotten)
 
