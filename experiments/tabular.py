@@ -88,9 +88,9 @@ def bike() -> Table:
 
 
 def diamonds() -> Table:
-    """The logarithm of the price of 53,940 diamonds."""
+    """The logarithm of the price of 20,000 diamonds, drawn from 53,940 for the time that forests take."""
     data = pd.read_csv(where_tables_lie() / "diamonds.csv")
-    return Table("diamonds", data, np.log(data.pop("price").to_numpy(float)))
+    return Table("diamonds", data, np.log(data.pop("price").to_numpy(float))).some(20_000)
 
 
 def _shipped(name: str, load: Callable[..., Any], classes: bool) -> Table:
@@ -156,7 +156,7 @@ def run(
         name,
         "python -m experiments tabular" + (" --quick" if quick else ""),
         "5-fold cross-validation, test rows pooled: California housing (100,000 dollars), bike sharing (bikes an "
-        "hour), diamonds (log price), and diabetes, digits, wine, breast cancer of scikit-learn",
+        "hour), 20,000 diamonds (log price), and diabetes, digits, wine, breast cancer of scikit-learn",
         folder=RESULTS.parent / "quick" if quick else folder,
         fresh=fresh,
     )
