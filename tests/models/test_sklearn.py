@@ -603,3 +603,32 @@ def test_a_skorch_net_gets_a_memory() -> None:
     data: Split = board()
     model = rm.ResMemClassifier(net).fit(data.X.astype(np.float32), data.y)
     assert model.score(data.X_test.astype(np.float32), data.y_test) > 0.85
+
+
+# ---------------------------------------------------------------------- what is refused early, and what is kept
+
+
+@pytest.mark.parametrize("trouble", ["ids", "memory", "index"])
+def test_what_cannot_end_well_is_refused_before_the_base_is_fitted(trouble: str, tmp_path: Path) -> None:
+    data = places(60)
+    (tmp_path / "notes.txt").write_text("mine")
+    refused: dict[str, dict[str, Any]] = {"memory": {"memory": tmp_path}, "index": {"index": "hnsw"}}
+    ids = np.zeros(60, int) if trouble == "ids" else None
+    Counting.fits = 0
+    with pytest.raises(InvalidInput):
+        rm.ResMemRegressor(Counting(), **refused.get(trouble, {})).fit(data.X, data.y, ids=ids)
+    assert Counting.fits == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_rows_that_cannot_be_added_leave_the_classes_as_they_were() -> None:
+    data = board(200)
+    model = rm.ResMemClassifier(LogisticRegression()).fit(data.X, data.y)
+    before = model.predict_proba(data.X_test)
+    with pytest.raises(DuplicateId):
+        model.partial_fit(data.X[:1], [7], ids=[0])
+    np.testing.assert_array_equal(model.classes_, [0, 1])
+    assert same_bits(model.predict_proba(data.X_test), before)
+    with pytest.raises(ValueError, match="X has 3 features"):
+        model.partial_fit(np.zeros((1, 3)), [0])
+    assert len(model.memory_) == 200

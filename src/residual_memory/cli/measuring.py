@@ -264,9 +264,11 @@ def _setting_line(setting: Setting) -> str:
     if not setting.shrinkage:
         return "setting: shrinkage 0, so predictions stay the base's"
     sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
+    more = f", residual share {setting.residual_share:g}" if setting.residual_share != 1 else ""
     return (
-        f"setting: k {setting.n_neighbors}, bandwidth {sigma}, temperature {setting.temperature:g}, "
-        f"shrinkage {setting.shrinkage:g}, kernel {setting.kernel}{', gated' if setting.gate else ''}"
+        f"setting: k {setting.n_neighbors}, bandwidth {sigma}{' of the k-th distance' if setting.local else ''}, "
+        f"temperature {setting.temperature:g}, shrinkage {setting.shrinkage:g}{more}, kernel {setting.kernel}"
+        f"{', gated' if setting.gate else ''}"
     )
 
 

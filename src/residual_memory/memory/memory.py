@@ -630,6 +630,16 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     return VerifyReport(tuple(_damage(directory, manifest)), 1 + len(records) + len(derived), n_bytes, ignored)
 
 
+def require_empty(path: str | os.PathLike[str]) -> None:
+    """Refuse a place for a new memory that holds something already.
+
+    Raises
+    ------
+    InvalidInput : if it does.
+    """
+    _require_empty(Directory(path))
+
+
 def _require_empty(directory: Directory) -> None:
     path = directory.path
     if path.exists() and (not path.is_dir() or set(directory.names()) - {LOCK, MANIFEST + PART}):

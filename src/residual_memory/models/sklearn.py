@@ -13,10 +13,12 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import ResidualKNN, correct
-from residual_memory.errors import InvalidInput, MissingExtra, UncalibratedScores
+from residual_memory.errors import DuplicateId, InvalidInput, MissingExtra, UncalibratedScores
 from residual_memory.evaluation import Evaluation, Setting
 from residual_memory.explanation import Explanation, explain
-from residual_memory.memory import Memory
+from residual_memory.indexes.registry import IndexSpec
+from residual_memory.kernels import check_kernel
+from residual_memory.memory import Memory, require_empty
 from residual_memory.models.fold_tuning import PROBABILITY_FLOOR, Chosen, Grid, error_scale, valid_probabilities
 from residual_memory.models.table_fitting import FEWEST_ROWS, Fitting, Remembered, Residuals, Rows
 from residual_memory.models.table_keys import Embedding, Keys, embedding_named, natural_channels
@@ -120,6 +122,10 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
             )
         owners = None if groups is None else as_ids(groups, n_rows, name="groups")
         names = np.arange(n_rows) if ids is None else as_ids(ids, n_rows)
+        if len(np.unique(names)) < n_rows:
+            raise DuplicateId(
+                f"there are {len(np.unique(names)):,} different ids for {n_rows:,} rows, expected as many"
+            )
         rows = Rows(X, y, self._targets_of(y), names, owners)
         params = self._routed(fit_params, owners)
         fitting = Fitting(
@@ -157,6 +163,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         )
         self.memory_.append(found.keys, rows.targets, said, rows.ids, rows.groups)
         self.evaluation_: Evaluation | None = found.chosen.evaluation if found.chosen else None
+        self._helps = found.chosen is not None and found.chosen.helps
         setting = self._trusted(found.chosen, grid, len(rows))
         k = min(setting.n_neighbors, len(rows))
         unit = ResidualKNN(self.memory_, n_neighbors=k, index=self.index).bandwidth
@@ -184,7 +191,9 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         check_is_fitted(self)
         if self.evaluation_ is None:
             return f"no gain: too few rows to tell ({len(self.memory_)}, expected at least {FEWEST_ROWS})"
-        return self.evaluation_.verdict
+        if self._helps or not self.evaluation_.helps:
+            return self.evaluation_.verdict
+        return f"no gain: do not deploy (fewer rows are right, though log-loss says: {self.evaluation_.verdict})"
 
     def _kinds(self, X: Any) -> dict[str, Embedding]:
         """The kinds of keys to choose from, by name."""
@@ -227,10 +236,14 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         validate_data(self, X, y, reset=False, skip_check_array=True)
         X = self._as_rows(X)
         check_consistent_length(X, y, ids, groups)
-        targets = self._further_targets(y)
-        said = self._said(self.estimator_, X)
-        keys = self._keys(X, said)
-        self.memory_.append(keys, targets, said, ids, groups)
+        before = dict(self.__dict__)
+        try:
+            targets = self._further_targets(y)
+            said = self._said(self.estimator_, X)
+            self.memory_.append(self._keys(X, said), targets, said, ids, groups)
+        except BaseException:
+            self.__dict__.update(before)  # room was made for classes that do not come
+            raise
         return self
 
     def forget(self, ids: ArrayLike) -> "_ResMem":
@@ -382,7 +395,11 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         if self.residual_share != "auto":
             given["residual_shares"] = (as_fraction("residual_share", self.residual_share),)
         if self.kernel != "auto":
+            check_kernel(self.kernel)
             given["kernels"] = (self.kernel,)
+        IndexSpec.parse(self.index)
+        if self.memory is not None:
+            require_empty(self.memory)  # better now than after the base was fitted six times
         if self.max_distance not in (None, "auto"):
             as_positive("max_distance", self.max_distance)
         return Grid(**given)
