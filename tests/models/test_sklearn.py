@@ -34,7 +34,7 @@ from residual_memory.errors import (
     UnknownId,
 )
 from tests import reference
-from tests.models.tables import Rote, Split, board, frame, places
+from tests.models.tables import Counting, Rote, Split, board, frame, places
 from tests.problems import same_bits
 
 pytestmark = pytest.mark.usefixtures("unchecked")
