@@ -7,6 +7,7 @@ peers see the same training rows, and nothing is chosen on test rows.
 """
 
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,13 +152,12 @@ def run(
     *, quick: bool = False, fresh: bool = False, tables: Sequence[str] = tuple(TABLES), folder: Path = RESULTS
 ) -> None:
     """Measure every pair of table and base, and write the result file row by row."""
-    name = "tabular-quick" if quick else "tabular"
     results = ResultFile(
-        name,
+        "tabular",
         "python -m experiments tabular" + (" --quick" if quick else ""),
         "5-fold cross-validation, test rows pooled: California housing (100,000 dollars), bike sharing (bikes an "
         "hour), 20,000 diamonds (log price), and diabetes, digits, wine, breast cancer of scikit-learn",
-        folder=RESULTS.parent / "quick" if quick else folder,
+        folder=Path(tempfile.mkdtemp()) if quick else folder,
         fresh=fresh,
     )
     for key in ("diabetes", "wine") if quick else tables:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import tabular
+from experiments.results_file import RESULTS
 from experiments.tabular import TABLES, Trial, bases, where_tables_lie
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -16,10 +17,11 @@ needs_tables = pytest.mark.skipif(
 
 
 def test_the_quick_slice_runs_and_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tabular, "RESULTS", tmp_path / "results")
+    before = {path: path.read_bytes() for path in RESULTS.glob("tabular*")}
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     tabular.run(quick=True, fresh=True)
-    assert not (tmp_path / "results").exists()
-    rows = json.loads((tmp_path / "quick" / "tabular-quick.json").read_text())["rows"]
+    assert {path: path.read_bytes() for path in RESULTS.glob("tabular*")} == before
+    rows = json.loads((tmp_path / "tabular.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"resmem", "resmem-paper", "cubist"}
     for row in rows:
         assert row["gain_low"] <= row["gain"] <= row["gain_high"]
