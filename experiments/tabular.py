@@ -301,7 +301,8 @@ def _cubist(table: Table, train: Any, test: Any) -> tuple[Float[ndarray, " t"], 
     """Cubist's rules of twenty committees, without and with its own nine neighbours."""
     from cubist import Cubist
 
-    train_rows, test_rows = table.X.iloc[train], table.X.iloc[test]
+    named = table.X.rename(columns=lambda name: f"column {name}")  # it adds a column "y" of its own
+    train_rows, test_rows = named.iloc[train], named.iloc[test]
     found = [
         Cubist(n_committees=20, neighbors=neighbors, random_state=0).fit(train_rows, table.y[train]).predict(test_rows)
         for neighbors in (None, 9)
