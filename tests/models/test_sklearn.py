@@ -37,8 +37,6 @@ from tests import reference
 from tests.models.tables import Counting, Rote, Split, board, frame, places
 from tests.problems import same_bits
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
 FIXED: dict[str, Any] = {"n_neighbors": 7, "bandwidth": 0.4, "shrinkage": 1.0, "max_distance": None}
 
 

@@ -217,7 +217,7 @@ def _weights(keys: Column, found: Neighbors, placed: Sequence[Setting]) -> Float
     weights = np.zeros((len(found.rows), len(placed), found.rows.shape[1]))
     for place, setting in enumerate(placed):
         k = setting.n_neighbors
-        near = None if among is None else among[:, :k, :k]
+        near = among[:, :k, :k] if among is not None and setting.kernel == KRIGING else None
         weights[:, place, :k] = neighbor_weights(keys, found.first(k), setting.weighting(), near)
     return weights
 

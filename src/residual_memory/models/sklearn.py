@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Integer, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
@@ -20,7 +20,7 @@ from residual_memory.indexes.registry import IndexSpec
 from residual_memory.kernels import check_kernel
 from residual_memory.memory import Memory, require_empty
 from residual_memory.models.fold_tuning import PROBABILITY_FLOOR, Chosen, Grid, error_scale, valid_probabilities
-from residual_memory.models.table_fitting import FEWEST_ROWS, Fitting, Remembered, Residuals, Rows
+from residual_memory.models.table_fitting import FEWEST_ROWS, Fitting, Remembered, Rows
 from residual_memory.models.table_keys import Embedding, Keys, embedding_named, natural_channels
 from residual_memory.types import Task
 from residual_memory.validation import as_count, as_fraction, as_ids, as_positive
@@ -66,7 +66,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         shrinkage: Any = "auto",
         residual_share: Any = "auto",
         max_distance: Any = "auto",
-        residuals: Residuals = "out_of_fold",
+        residuals: Any = "out_of_fold",
         cv: Any = 5,
         index: str = "auto",
         memory: str | os.PathLike[str] | None = None,
@@ -750,7 +750,7 @@ class ResMemClassifier(ClassifierMixin, _ResMem):
         return values[..., self._order]
 
     def _issues(
-        self, keys: Keys, said: Float[ndarray, "n c"], targets: Int64[ndarray, " n"], ids: Shaped[ndarray, " n"]
+        self, keys: Keys, said: Float[ndarray, "n c"], targets: Integer[ndarray, " n"], ids: Shaped[ndarray, " n"]
     ) -> dict[str, Any]:
         near = np.clip(self._knn.memory_only(keys, ids), 0, 1)
         both = (said + near) / 2

@@ -34,7 +34,7 @@ WIDEST = 256  # numbers in a key up to which a metric is learned
 ROWS_A_NUMBER = 8  # for each number of a full metric that is to be learned
 NO_ENERGY = 1e-3  # part of the labels' variance below which the residuals say nothing
 
-Splits = list[tuple[Int64[ndarray, " t"], Int64[ndarray, " h"]]]
+Splits = list[tuple[Int64[ndarray, "_"], Int64[ndarray, "_"]]]  # rows of each fold; as many as there may be
 
 
 @dataclass(frozen=True)
