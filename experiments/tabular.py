@@ -39,6 +39,7 @@ from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 
 from experiments.results_file import RESULTS, ResultFile, Row
 from residual_memory.demo.cifar100 import user_cache
+from residual_memory.errors import DataNotFound
 from residual_memory.evaluation import summarize
 from residual_memory.metrics import correctness, log_losses, squared_errors
 from residual_memory.models.fold_tuning import valid_probabilities
@@ -74,15 +75,22 @@ def where_tables_lie() -> Path:
     return Path(os.environ.get("RESMEM_DATA", user_cache())) / "tabular"
 
 
+def _read(name: str) -> pd.DataFrame:
+    path = where_tables_lie() / name
+    if not path.exists():
+        raise DataNotFound(f"{path} is not there; run `make data`, or put it there and name the folder in RESMEM_DATA")
+    return pd.read_csv(path)
+
+
 def california() -> Table:
     """Median house value of 20,640 blocks, in units of 100,000 dollars."""
-    data = pd.read_csv(where_tables_lie() / "california_housing.csv")
+    data = _read("california_housing.csv")
     return Table("california", data, data.pop("median_house_value").to_numpy() / 1e5)
 
 
 def bike() -> Table:
     """Rented bikes of 17,379 hours, from the hour, the day's kind and the weather; not the date, nor the parts."""
-    data = pd.read_csv(where_tables_lie() / "bike_sharing_hour.csv")
+    data = _read("bike_sharing_hour.csv")
     y = data["count"].to_numpy(float)
     data = data.drop(columns=["count", "casual", "registered", "instant", "dateday"])
     return Table("bike", data, y, levels=("season", "month", "hour", "weekday", "weathersit"))
@@ -90,7 +98,7 @@ def bike() -> Table:
 
 def diamonds() -> Table:
     """The logarithm of the price of 20,000 diamonds, drawn from 53,940 for the time that forests take."""
-    data = pd.read_csv(where_tables_lie() / "diamonds.csv")
+    data = _read("diamonds.csv")
     return Table("diamonds", data, np.log(data.pop("price").to_numpy(float))).some(20_000)
 
 

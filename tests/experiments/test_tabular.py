@@ -9,6 +9,7 @@ import pytest
 from experiments import tabular
 from experiments.results_file import RESULTS
 from experiments.tabular import TABLES, Trial, bases, where_tables_lie
+from residual_memory.errors import DataNotFound
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 needs_tables = pytest.mark.skipif(
@@ -36,6 +37,12 @@ def test_every_row_is_tested_once_by_a_model_that_did_not_see_it() -> None:
     row = Trial(table, splits).peer("mean", lambda table, train, test: (table.y[train].mean(), table.y[test]))
     assert row["corrected"] == 0
     assert row["gain"] == pytest.approx(row["base"])
+
+
+def test_a_table_that_is_not_there_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESMEM_DATA", str(tmp_path))
+    with pytest.raises(DataNotFound, match="diamonds.csv is not there; run `make data`"):
+        TABLES["diamonds"]()
 
 
 @needs_tables
