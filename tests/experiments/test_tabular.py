@@ -41,7 +41,7 @@ def test_every_row_is_tested_once_by_a_model_that_did_not_see_it() -> None:
 
 def test_a_table_that_is_not_there_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESMEM_DATA", str(tmp_path))
-    with pytest.raises(DataNotFound, match="diamonds.csv is not there; run `make data`"):
+    with pytest.raises(DataNotFound, match=r"diamonds\.csv is not there; run `make data`"):
         TABLES["diamonds"]()
 
 
