@@ -42,8 +42,8 @@ from residual_memory.demo.cifar100 import user_cache
 from residual_memory.errors import DataNotFound
 from residual_memory.evaluation import summarize
 from residual_memory.metrics import correctness, log_losses, squared_errors
-from residual_memory.models.fold_tuning import valid_probabilities
 from residual_memory.models.sklearn import ResMemClassifier, ResMemRegressor
+from residual_memory.models.table_tuning import valid_probabilities
 
 N_FOLDS = 5
 KRIGING_ROWS = 4_000  # PyKrige fits its variogram to all pairs of rows

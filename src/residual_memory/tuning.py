@@ -19,7 +19,7 @@ from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, sum
 from residual_memory.gate import fit_gate
 from residual_memory.indexes.distances import distances_among
 from residual_memory.kernels import KRIGING, as_nugget, check_kernel
-from residual_memory.memory import Memory, Snapshot
+from residual_memory.memory import Column, Memory, Snapshot
 from residual_memory.metrics import log_losses
 from residual_memory.residuals import tempered
 from residual_memory.types import Neighbors
@@ -253,14 +253,14 @@ def _shapes(
         bandwidths = KRIGING_BANDWIDTHS if kernel == KRIGING else BANDWIDTHS
     scales = [as_positive("bandwidth", value) for value in bandwidths]
     if kernel != KRIGING:
-        return [Setting(k, scale * _typical(found, k), kernel=kernel) for k, scale in product(counts, scales)]
+        return [Setting(k, scale * typical_distance(found, k), kernel=kernel) for k, scale in product(counts, scales)]
     return [
-        Setting(k, scale * _typical(found, k), kernel=kernel, nugget=as_nugget(nugget))
+        Setting(k, scale * typical_distance(found, k), kernel=kernel, nugget=as_nugget(nugget))
         for k, scale, nugget in product(counts, scales, nuggets)
     ]
 
 
-def _typical(found: Neighbors, k: int) -> float:
+def typical_distance(found: Neighbors, k: int) -> float:
     """Median distance to the k-th neighbour over the held-out rows; 1 where all distances are 0."""
     distances = found.distances[:, k - 1]
     present = distances[np.isfinite(distances)]
@@ -288,7 +288,7 @@ def _losses_of_all(
         here = slice(start, start + step)
         some = HeldOut(rows.metric, rows.keys[here], rows.labels[here], rows.predictions[here])
         listed = Neighbors(found.distances[here], found.rows[here])
-        weights = _weights(snapshot, listed, shapes)
+        weights = weights_of(snapshot.keys, listed, shapes, np.float32)
         averages = label_average(snapshot, listed.rows, weights)
         for place in range(len(shapes)):
             alone[place, here] = some.losses_alone(averages[:, place])
@@ -311,18 +311,23 @@ def _losses_of_all(
     return losses, alone
 
 
-def _weights(snapshot: Snapshot, found: Neighbors, shapes: Sequence[Setting]) -> Float[ndarray, "q s k"]:
-    weights = np.zeros((len(found.rows), len(shapes), found.rows.shape[1]), np.float32)
-    kriging = any(shape.kernel == KRIGING for shape in shapes)
-    among = distances_among(snapshot.keys, found.rows) if kriging else None
+def weights_of(
+    keys: Column, found: Neighbors, shapes: Sequence[Setting], dtype: type[np.floating] = np.float64
+) -> Float[ndarray, "q s k"]:
+    """The neighbours' weights under each setting, whose bandwidths are numbers.
+
+    Parameters
+    ----------
+    keys : of the rows that were found.
+    found : at least as many neighbours as any setting takes.
+    """
+    weights = np.zeros((len(found.rows), len(shapes), found.rows.shape[1]), dtype)
+    kriged = [shape.n_neighbors for shape in shapes if shape.kernel == KRIGING]
+    among = distances_among(keys, found.rows[:, : max(kriged)]) if kriged else None
     for place, shape in enumerate(shapes):
         k = shape.n_neighbors
-        weights[:, place, :k] = neighbor_weights(
-            snapshot.keys,
-            found.first(k),
-            shape.weighting(),
-            None if among is None else among[:, :k, :k],
-        )
+        near = among[:, :k, :k] if among is not None and shape.kernel == KRIGING else None
+        weights[:, place, :k] = neighbor_weights(keys, found.first(k), shape.weighting(), near)
     return weights
 
 

@@ -202,6 +202,14 @@ def as_fraction(name: str, value: Any, *, above_zero: bool = False) -> float:
     return number
 
 
+def as_non_negative(name: str, value: Any) -> float:
+    """A number from 0."""
+    number = _as_number(name, value)
+    if number < 0:
+        raise InvalidInput(f"{name} is {number:g}, expected a number from 0")
+    return number
+
+
 def _as_number(name: str, value: Any) -> float:
     try:
         number = float(value)

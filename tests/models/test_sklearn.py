@@ -34,7 +34,7 @@ from residual_memory.errors import (
     UnknownId,
 )
 from tests import reference
-from tests.models.tables import Counting, Rote, Split, board, frame, places
+from tests.models.tables import Counting, Rote, Split, Told, board, frame, places
 from tests.problems import same_bits
 
 FIXED: dict[str, Any] = {"n_neighbors": 7, "bandwidth": 0.4, "shrinkage": 1.0, "max_distance": None}
@@ -630,3 +630,43 @@ def test_rows_that_cannot_be_added_leave_the_classes_as_they_were() -> None:
     with pytest.raises(ValueError, match="X has 3 features"):
         model.partial_fit(np.zeros((1, 3)), [0])
     assert len(model.memory_) == 200
+
+
+def test_a_fit_that_fails_leaves_the_one_before() -> None:
+    data = board(200)
+    model = rm.ResMemClassifier(LogisticRegression()).fit(data.X, data.y)
+    before = model.predict_proba(data.X_test)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        model.fit(np.full((30, 2), np.nan), np.repeat([5, 6, 7], 10))
+    np.testing.assert_array_equal(model.classes_, [0, 1])
+    assert same_bits(model.predict_proba(data.X_test), before)
+
+
+def test_neighbors_that_were_asked_for_are_taken_though_folds_have_fewer_rows() -> None:
+    data = places(60)
+    model = rm.ResMemRegressor(LinearRegression(), n_neighbors=55).fit(data.X, data.y)
+    assert model.setting_.n_neighbors == 55
+    assert rm.ResMemRegressor(LinearRegression(), n_neighbors=500).fit(data.X, data.y).setting_.n_neighbors == 60
+
+
+def test_a_random_state_is_used_and_left_as_it_is() -> None:
+    data = places(60)
+    state = np.random.RandomState(3)
+    one, other = (rm.ResMemRegressor(LinearRegression(), random_state=state).fit(data.X, data.y) for _ in range(2))
+    assert same_bits(one.predict(data.X_test), other.predict(data.X_test))
+    with pytest.raises(ValueError, match="cannot be used to seed"):
+        rm.ResMemRegressor(LinearRegression(), random_state="now").fit(data.X, data.y)
+
+
+def test_a_gain_in_log_loss_that_puts_fewer_rows_right_is_no_gain() -> None:
+    """A base that is timid where it is right and sure where it is wrong costs more than a guess."""
+    random = np.random.default_rng(0)
+    y, right = random.integers(0, 2, 600), random.random(600) < 0.8
+    said = np.where(right, np.where(y == 1, 0.51, 0.49), np.where(y == 1, 0.001, 0.999))
+    X = np.column_stack([random.normal(size=600), said])
+    base = FrozenEstimator(Told().fit(X, y))
+    model = rm.ResMemClassifier(base, embed=lambda rows: rows[:, :1]).fit(X, y)
+    assert model.evaluation_ is not None
+    assert model.evaluation_.helps
+    assert model.verdict_.startswith("no gain: do not deploy (fewer rows are right, though log-loss says: gain")
+    assert same_bits(model.predict_proba(X), base.predict_proba(X))

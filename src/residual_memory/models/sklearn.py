@@ -3,7 +3,8 @@
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,11 @@ from residual_memory.explanation import Explanation, explain
 from residual_memory.indexes.registry import IndexSpec
 from residual_memory.kernels import check_kernel
 from residual_memory.memory import Memory, require_empty
-from residual_memory.models.fold_tuning import PROBABILITY_FLOOR, Chosen, Grid, error_scale, valid_probabilities
 from residual_memory.models.table_fitting import FEWEST_ROWS, Fitting, Remembered, Rows
 from residual_memory.models.table_keys import Embedding, Keys, embedding_named, natural_channels
+from residual_memory.models.table_tuning import PROBABILITY_FLOOR, Chosen, Grid, error_scale, valid_probabilities
 from residual_memory.types import Task
-from residual_memory.validation import as_count, as_fraction, as_ids, as_positive
+from residual_memory.validation import as_count, as_fraction, as_ids, as_non_negative, as_positive
 
 try:
     from scipy.sparse import issparse
@@ -31,7 +32,7 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, RegressorMixin
     from sklearn.exceptions import DataConversionWarning
     from sklearn.model_selection import check_cv
-    from sklearn.utils import Bunch, assert_all_finite, get_tags
+    from sklearn.utils import Bunch, assert_all_finite, check_random_state, get_tags
     from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
     from sklearn.utils.validation import (
@@ -110,6 +111,11 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         ------
         InvalidInput : if an option or the data cannot be used. Other ValueErrors come from scikit-learn.
         """
+        with _as_it_was_on_error(self):
+            self._fit(X, y, ids, groups, fit_params)
+        return self
+
+    def _fit(self, X: Any, y: Any, ids: Any, groups: Any, fit_params: dict[str, Any]) -> None:
         grid = self._checked_options()
         X = self._as_rows(X)
         validate_data(self, X, y, skip_check_array=True)
@@ -147,7 +153,6 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         fitting.warn_without_energy(rows.targets, seen.predictions)
         self.estimator_ = seen.estimator
         self._remember(rows, seen.predictions, fitting.remember(rows, seen, self._kinds(rows.X)), grid)
-        return self
 
     def _remember(self, rows: Rows, said: Float[ndarray, "m c"], found: Remembered, grid: Grid) -> None:
         """Put the rows into the memory, and turn what was chosen by folds into a setting for it."""
@@ -165,11 +170,12 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         self.evaluation_: Evaluation | None = found.chosen.evaluation if found.chosen else None
         self._helps = found.chosen is not None and found.chosen.helps
         setting = self._trusted(found.chosen, grid, len(rows))
-        k = min(setting.n_neighbors, len(rows))
+        # Folds have fewer rows than the memory: what was given may fit now where it did not there.
+        k = min(setting.n_neighbors if self.n_neighbors == "auto" else int(self.n_neighbors), len(rows))
         unit = ResidualKNN(self.memory_, n_neighbors=k, index=self.index).bandwidth
         assert not isinstance(setting.bandwidth, str)
         bandwidth = setting.bandwidth * (1.0 if grid.absolute or setting.local else unit)
-        reach = max((fold.reach(k) for fold in found.folds), default=np.inf)
+        reach = max((fold.reach(setting.n_neighbors) for fold in found.folds), default=np.inf)
         limit = self.max_distance if self.max_distance != "auto" else unit * reach if 0 < reach < np.inf else None
         self._error_scale = error_scale(found.folds, setting) if self._task == "regression" and found.folds else None
         self.setting_ = replace(setting, n_neighbors=k, bandwidth=bandwidth, max_distance=limit)
@@ -236,14 +242,10 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         validate_data(self, X, y, reset=False, skip_check_array=True)
         X = self._as_rows(X)
         check_consistent_length(X, y, ids, groups)
-        before = dict(self.__dict__)
-        try:
+        with _as_it_was_on_error(self):  # room may be made for classes that then do not come
             targets = self._further_targets(y)
             said = self._said(self.estimator_, X)
             self.memory_.append(self._keys(X, said), targets, said, ids, groups)
-        except BaseException:
-            self.__dict__.update(before)  # room was made for classes that do not come
-            raise
         return self
 
     def forget(self, ids: ArrayLike) -> "_ResMem":
@@ -380,34 +382,31 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
             raise InvalidInput(f"metric is {self.metric!r}, expected 'auto', None, 'diagonal' or 'full'")
         embedding_named("input" if self.embed in (None, "auto") else self.embed, classifier=True)
         given: dict[str, Any] = {}
-        if self.n_neighbors != "auto":
-            k = as_count("n_neighbors", self.n_neighbors)
+        if (k := _given(as_count, "n_neighbors", self.n_neighbors)) is not None:
             given |= {"n_neighbors": (k,), "kriging_neighbors": (k,)}
-        if self.bandwidth != "auto":
-            given |= {"bandwidths": (as_positive("bandwidth", self.bandwidth),), "absolute": True}
-            given |= {"ranges": given["bandwidths"], "kernels": ("exponential",)}
-        if self.temperature != "auto":
-            given["temperatures"] = (as_positive("temperature", self.temperature),)
-        if self.shrinkage != "auto":
-            if (amount := _number("shrinkage", self.shrinkage)) < 0:
-                raise InvalidInput(f"shrinkage is {amount:g}, expected a number from 0, or 'auto'")
+        if (bandwidth := _given(as_positive, "bandwidth", self.bandwidth)) is not None:
+            given |= {"bandwidths": (bandwidth,), "ranges": (bandwidth,), "absolute": True, "kernels": ("exponential",)}
+        if (temperature := _given(as_positive, "temperature", self.temperature)) is not None:
+            given["temperatures"] = (temperature,)
+        if (amount := _given(as_non_negative, "shrinkage", self.shrinkage)) is not None:
             given |= {"shrinkages": (amount,), "residual_shares": (1.0,)}
-        if self.residual_share != "auto":
-            given["residual_shares"] = (as_fraction("residual_share", self.residual_share),)
+        if (share := _given(as_fraction, "residual_share", self.residual_share)) is not None:
+            given["residual_shares"] = (share,)
         if self.kernel != "auto":
             check_kernel(self.kernel)
             given["kernels"] = (self.kernel,)
+        if self.max_distance is not None:
+            _given(as_positive, "max_distance", self.max_distance)
         IndexSpec.parse(self.index)
         if self.memory is not None:
             require_empty(self.memory)  # better now than after the base was fitted six times
-        if self.max_distance not in (None, "auto"):
-            as_positive("max_distance", self.max_distance)
         return Grid(**given)
 
     def _seed(self) -> int:
-        if self.random_state is None or isinstance(self.random_state, int | np.integer):
-            return int(self.random_state or 0)
-        return int(copy.deepcopy(self.random_state).randint(2**31))
+        """One number from `random_state`, which stays as it is."""
+        if self.random_state is None:
+            return 0
+        return int(check_random_state(copy.deepcopy(self.random_state)).randint(2**31 - 1))
 
     @staticmethod
     def _as_rows(X: Any) -> Any:
@@ -423,14 +422,26 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         return rows
 
 
-def _number(name: str, value: Any) -> float:
+def _given(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    """An option as it was given, checked; None where it is to be chosen."""
+    if isinstance(value, str) and value == "auto":
+        return None
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"{name} is {value!r}, expected a number, or 'auto'") from None
-    if not np.isfinite(number):
-        raise InvalidInput(f"{name} is {number}, expected a finite number, or 'auto'")
-    return number
+        return check(name, value)
+    except InvalidInput as error:
+        raise InvalidInput(f"{error}, or 'auto'") from None
+
+
+@contextmanager
+def _as_it_was_on_error(estimator: BaseEstimator) -> Iterator[None]:
+    """Whatever interrupts what is done inside leaves the estimator with the attributes that it had."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise
 
 
 def _weightless(fit_params: Mapping[str, Any], n_rows: int) -> Bool[ndarray, " n"] | None:

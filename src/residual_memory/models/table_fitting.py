@@ -12,8 +12,8 @@ from numpy import ndarray
 
 from residual_memory.errors import InSampleResiduals, InvalidInput, MissingExtra
 from residual_memory.metric_learning import Lesson, learn_metric
-from residual_memory.models.fold_tuning import Chosen, Fold, Grid, choose
 from residual_memory.models.table_keys import Embedding, Keys
+from residual_memory.models.table_tuning import Chosen, Fold, Grid, choose
 from residual_memory.types import Task
 from residual_memory.validation import as_count
 

@@ -5,26 +5,24 @@ of a row is a quadratic form in the shrinkage and the residual share. The figure
 are measured on whole predictions, each fifth of the rows with what the other four fifths chose.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from numpy import ndarray
 
-from residual_memory.correction import neighbor_weights, to_probabilities
+from residual_memory.correction import to_probabilities
 from residual_memory.evaluation import Evaluation, Setting, summarize
 from residual_memory.indexes.base import nearest
-from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import IndexSpec, build_index
 from residual_memory.kernels import KRIGING
 from residual_memory.memory import Column
 from residual_memory.metric_learning import Lesson
 from residual_memory.metrics import Z95, correctness, log_losses, mean_interval, squared_errors
-from residual_memory.tuning import row_folds
+from residual_memory.tuning import row_folds, typical_distance, weights_of
 from residual_memory.types import Neighbors
 
 PROBABILITY_FLOOR = 0.01  # of 1 / classes: no corrected probability falls below it, so that log-loss stays finite
@@ -117,15 +115,9 @@ class Fold:
         places = np.where(found.rows >= 0, usable[np.maximum(found.rows, 0)], -1)
         return Fold(queries, Neighbors(found.distances, places), Column([keys], keys[:0]), rows, absolute)
 
-    def typical(self, k: int) -> float:
-        """Median distance to the k-th neighbour; 1 where all distances are 0."""
-        distances = self.found.distances[:, k - 1]
-        present = distances[np.isfinite(distances)]
-        return (float(np.median(present)) or float(present.mean()) or 1.0) if len(present) else 1.0
-
     def reach(self, k: int) -> float:
         """The largest distance to the k-th neighbour that was seen, in units of the typical one; 0 if none was."""
-        distances = self.found.distances[:, min(k, self.found.distances.shape[1]) - 1] / self.typical(k)
+        distances = self.found.distances[:, min(k, self.found.distances.shape[1]) - 1] / typical_distance(self.found, k)
         return float(distances[np.isfinite(distances)].max(initial=0))
 
     def placed(self, shape: Setting) -> Setting:
@@ -133,7 +125,7 @@ class Fold:
         assert not isinstance(shape.bandwidth, str)
         if shape.local or self.absolute:
             return shape
-        return replace(shape, bandwidth=shape.bandwidth * self.typical(shape.n_neighbors))
+        return replace(shape, bandwidth=shape.bandwidth * typical_distance(self.found, shape.n_neighbors))
 
     @cached_property
     def usual(self) -> Float[ndarray, " c"]:
@@ -158,7 +150,7 @@ class Fold:
         for start in range(0, len(places), step):
             here = places[start : start + step]
             near = Neighbors(self.found.distances[here], self.found.rows[here])
-            weights, known = _weights(self.keys, near, placed), np.maximum(near.rows, 0)
+            weights, known = weights_of(self.keys, near, placed), np.maximum(near.rows, 0)
             base, mass = rows.predictions[self.queries[here]], weights.sum(axis=2)
             yield here, Said(base, weights @ self.targets(known), weights @ rows.predictions[known], mass, self.usual)
 
@@ -208,18 +200,6 @@ class Said:
         """Corrected scores."""
         pull, drift = self.pulls
         return self.base[:, None] + shrinkage * (pull - residual_share * drift)
-
-
-def _weights(keys: Column, found: Neighbors, placed: Sequence[Setting]) -> Float[ndarray, "q s k"]:
-    """Of the neighbours under each setting."""
-    kriging = [setting.n_neighbors for setting in placed if setting.kernel == KRIGING]
-    among = distances_among(keys, found.rows[:, : max(kriging)]) if kriging else None
-    weights = np.zeros((len(found.rows), len(placed), found.rows.shape[1]))
-    for place, setting in enumerate(placed):
-        k = setting.n_neighbors
-        near = among[:, :k, :k] if among is not None and setting.kernel == KRIGING else None
-        weights[:, place, :k] = neighbor_weights(keys, found.first(k), setting.weighting(), near)
-    return weights
 
 
 @dataclass(frozen=True)
@@ -328,46 +308,44 @@ def choose(
     """
     tried = [_Candidate(name, folds, grid) for name, folds in candidates.items()]
     folds = tried[0].folds
-    queries = np.concatenate([fold.queries for fold in folds])
-    parts = row_folds(len(queries), None if groups is None else groups[queries], N_FOLDS, seed)
-    task = folds[0].rows.task
-    base, alone, corrected = (np.empty(len(queries)) for _ in range(3))
+    rows, queries = folds[0].rows, np.concatenate([fold.queries for fold in folds])
+    owners = None if groups is None else groups[queries]
+    parts = row_folds(len(queries), owners, N_FOLDS, seed)
+    base, alone, corrected = (np.empty((len(queries), rows.predictions.shape[1])) for _ in range(3))
     for part in np.unique(parts):
         inside = parts == part
         candidate, setting, without = _best(tried, grid, ~inside)
-        base[inside] = _measured(folds, inside, without, "corrected")
-        corrected[inside] = _measured(candidate.folds, inside, setting, "corrected")
+        base[inside] = _said(folds, inside, partial(Fold.corrected, setting=without))
+        corrected[inside] = _said(candidate.folds, inside, partial(Fold.corrected, setting=setting))
         labelled, by_labels = _best_alone(tried, ~inside)
-        alone[inside] = _measured(labelled.folds, inside, by_labels, "memory_only")
-    no_worse = task == "regression" or _no_less_often_right(tried, grid, parts)
-    metric: Any = "log_loss" if task == "classification" else "rmse"
-    owners = None if groups is None else groups[queries]
-    evaluation = summarize(metric, base=base, memory_only=alone, corrected=corrected, groups=owners)
-    everything = np.ones(len(queries), bool)
-    candidate, setting, _ = _best(tried, grid, everything)
-    return Chosen(
-        candidate.name,
-        setting,
-        evaluation,
-        evaluation.helps and no_worse,
+        alone[inside] = _said(labelled.folds, inside, partial(Fold.memory_only, setting=by_labels))
+    labels = rows.targets[queries]
+    if rows.task == "regression":
+        losses = [squared_errors(said, labels) for said in (base, alone, corrected)]
+    else:
+        losses = [log_losses(valid_probabilities(said), labels) for said in (base, alone, corrected)]
+    evaluation = summarize(
+        "log_loss" if rows.task == "classification" else "rmse",
+        base=losses[0],
+        memory_only=losses[1],
+        corrected=losses[2],
+        groups=owners,
     )
+    helps = evaluation.helps
+    if helps and rows.task == "classification":  # log-loss can gain where fewer rows are right
+        helps = mean_interval(correctness(corrected, labels) - correctness(base, labels), owners).high >= 0
+    candidate, setting, _ = _best(tried, grid, np.ones(len(queries), bool))
+    return Chosen(candidate.name, setting, evaluation, helps)
 
 
-def _no_less_often_right(tried: Sequence[_Candidate], grid: Grid, parts: Int64[ndarray, " q"]) -> bool:
-    """Whether cross-fitted accuracy does not fall beyond its interval: log-loss can gain where it does."""
-    gains = []
-    for part in np.unique(parts):
-        inside = parts == part
-        candidate, setting, _ = _best(tried, grid, ~inside)
-        start = 0
-        for fold in candidate.folds:
-            chosen = inside[start : start + len(fold.queries)]
-            start += len(fold.queries)
-            labels = fold.rows.targets[fold.queries[chosen]]
-            if len(labels):
-                base = fold.rows.predictions[fold.queries[chosen]]
-                gains.append(correctness(fold.corrected(setting, chosen), labels) - correctness(base, labels))
-    return mean_interval(np.concatenate(gains)).high >= 0
+def _said(
+    folds: Sequence[Fold], rows: Bool[ndarray, " q"], predict: Callable[..., Float[ndarray, "r c"]]
+) -> Float[ndarray, "s c"]:
+    """What these of all queries are told, fold by fold."""
+    starts = np.cumsum([len(fold.queries) for fold in folds])[:-1]
+    return np.concatenate(
+        [predict(fold, chosen=chosen) for fold, chosen in zip(folds, np.split(rows, starts), strict=True)]
+    )
 
 
 def _best(tried: Sequence[_Candidate], grid: Grid, rows: Bool[ndarray, " q"]) -> tuple[_Candidate, Setting, Setting]:
@@ -388,21 +366,6 @@ def _best_alone(tried: Sequence[_Candidate], rows: Bool[ndarray, " q"]) -> tuple
     means = [candidate.losses_alone[:, rows].mean(axis=1) for candidate in tried]
     number = int(np.argmin([mean.min() for mean in means]))
     return tried[number], tried[number].alone(int(means[number].argmin()))
-
-
-def _measured(folds: Sequence[Fold], rows: Bool[ndarray, " q"], setting: Setting, method: str) -> Float[ndarray, " r"]:
-    """Losses of whole predictions on these of all queries."""
-    losses, start = [], 0
-    for fold in folds:
-        chosen = rows[start : start + len(fold.queries)]
-        start += len(fold.queries)
-        scores = getattr(fold, method)(setting, chosen)
-        targets = fold.rows.targets[fold.queries[chosen]]
-        if fold.rows.task == "regression":
-            losses.append(squared_errors(scores, targets) if len(targets) else np.zeros(0))
-        elif len(targets):
-            losses.append(log_losses(valid_probabilities(scores), targets))
-    return np.concatenate(losses) if losses else np.zeros(0)
 
 
 def valid_probabilities(scores: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
