@@ -4,15 +4,14 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from residual_memory.memory import format as file_format
-from residual_memory.memory import storage
+from residual_memory.memory.storage import Disk as SystemDisk
 
-WATCHED = ("open", "fsync", "replace", "write", "ftruncate", "scandir")
+WATCHED = ("names", "make_folder", "create", "write", "sync", "rename", "sync_folder", "remove", "open", "map", "lock")
 
 
 class Disk:
@@ -28,11 +27,11 @@ class Disk:
         self._fails_at, self._error = fails_at, error
 
     def watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def reach(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, _target(args[0])))
+        def reach(disk: SystemDisk, first: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, first.name if isinstance(first, Path) else os.path.basename(first.name)))
             if len(self.calls) - 1 == self._fails_at:
                 raise OSError(self._error, os.strerror(self._error))
-            return call(*args, **kwargs)
+            return call(disk, first, *args, **kwargs)
 
         return reach
 
@@ -40,29 +39,10 @@ class Disk:
         return [name for name, _ in self.calls]
 
 
-class _System:
-    """The module `os`, with the watched calls in between."""
-
-    def __init__(self, disk: Disk) -> None:
-        for name in WATCHED:
-            setattr(self, name, disk.watched(name, getattr(os, name)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-
 @contextmanager
 def watching(disk: Disk) -> Iterator[Disk]:
     """All input and output of memories goes through `disk` inside."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "os", _System(disk))
-        patch.setattr(storage, "_write_all", disk.watched("write", storage._write_all))
-        patch.setattr(np, "memmap", disk.watched("map", np.memmap))
-        for module in (storage, file_format):
-            patch.setattr(module, "open", disk.watched("open", open), raising=False)
+        for name in WATCHED:
+            patch.setattr(SystemDisk, name, disk.watched(name, getattr(SystemDisk, name)))
         yield disk
-
-
-def _target(first: Any) -> str:
-    descriptor = first if isinstance(first, int) else first.fileno() if hasattr(first, "fileno") else None
-    return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}") if descriptor is not None else os.fspath(first))

@@ -96,7 +96,8 @@ def test_a_memory_keeps_nothing_of_the_callers_arrays(problem: Problem, kind: st
     memory = empty_memory(problem, place)
     keys, said, labels = problem.keys[:2].copy(), problem.predictions[:2].copy(), problem.labels[:2].copy()
     names = np.array(["a", "b"])
-    given = memory.append(keys, labels, said, **{"ids": np.array(["c", "d"]), kind: names})
+    named: dict[str, Any] = {"ids": np.array(["c", "d"]), kind: names}
+    given = memory.append(keys, labels, said, **named)
     keys[:], said[:], labels[:], names[:], given[:] = 9, 9, 9, "z", "y"
     assert memory.snapshot.ids.tolist() == (["a", "b"] if kind == "ids" else ["c", "d"])
     assert memory.snapshot.all_groups is None or memory.snapshot.all_groups.tolist() == ["a", "b"]

@@ -12,7 +12,7 @@ from residual_memory.cli.output import facts, report, shown, size_text, table
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, MemoryNotFound
 from residual_memory.memory import Memory, Problem
-from residual_memory.memory.memory import verify as verify_memory
+from residual_memory.memory import verify as verify_memory
 
 
 def forget(

@@ -1,9 +1,14 @@
-"""What a memory looks like on disk, format 1.
+"""What a memory looks like on disk, format 2.
 
     manifest.json                    the truth: what exists, with lengths and checksums; replaced as a whole
     rows-VERSION-RANDOM.safetensors  immutable segments; one tensor a column
-    gone-VERSION-RANDOM.safetensors  the rows forgotten since the last compaction
+    gone-VERSION-RANDOM.safetensors  the rows forgotten since the last compaction, by number or one bit a row
+    manifest.copy                    of the manifest, not waited for: salvage reads it where the manifest is damaged
+    reserve                          room that makes forgetting possible on a full disk
     lock                             of the one writer
+
+Format 1, which is read too, has neither the history of changes nor what rows may carry (`attributes`), and forgotten
+rows by number alone.
 
 Segments are plain safetensors files (8 bytes of header length, a JSON header, the columns), so that other tools can
 read them. The manifest is canonical JSON under its own checksum: a byte that differs anywhere is noticed.
@@ -21,14 +26,18 @@ import numpy as np
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput, UnsupportedFormat
+from residual_memory.memory.attributes import ENDS, EXPIRES, TEXTS
 from residual_memory.memory.codes import LOG_SCALES, LogScale
 from residual_memory.memory.storage import Directory, FileRecord
 from residual_memory.types import Metric, Task
 from residual_memory.validation import as_count
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
+COPY = "manifest.copy"
 MAX_MANIFEST = 64 << 20
+MAX_HISTORY = 100  # changes that a manifest tells of
 MAX_HEADER = 1 << 20
 
 SEGMENT_NAME = r"(rows|gone)-\d{8,}-[0-9a-f]{8}\.safetensors"
@@ -46,6 +55,13 @@ _DTYPES = {name: np.dtype(code) for code, name in _DTYPE_NAMES.items()}
 
 Column = tuple[np.dtype[Any], tuple[int, ...]]  # type and trailing shape
 Columns = dict[str, Column]
+
+# What rows may carry; a segment whose rows carry nothing has none of them. Texts have as many bytes as they have.
+ATTRIBUTES: Columns = {
+    EXPIRES: (np.dtype(np.int64), ()),
+    **{name: (np.dtype(np.uint8), ()) for name in TEXTS},
+    **{name + ENDS: (np.dtype(np.int64), ()) for name in TEXTS},
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,24 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One change that was committed.
+
+    Attributes
+    ----------
+    version : that it made.
+    at : when, in UTC.
+    what : "append", "forget", "compact", "setting" or "source".
+    rows : how many were added, masked or erased.
+    """
+
+    version: int
+    at: str
+    what: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that is true of a memory at one version."""
 
@@ -129,18 +163,25 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
     forgotten: Segment | None = None
     created: str = field(default="")
+    history: tuple[Change, ...] = ()  # the last changes, oldest first
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in the segments, forgotten ones too."""
+        return sum(segment.n_rows for segment in self.segments)
 
     def __len__(self) -> int:
-        gone = self.forgotten.n_rows if self.forgotten else 0
-        return sum(segment.n_rows for segment in self.segments) - gone
+        return self.n_rows - (self.forgotten.n_rows if self.forgotten else 0)
 
     def files(self) -> list[FileRecord]:
         records = [segment.file for segment in self.segments]
         return records + ([self.forgotten.file] if self.forgotten else [])
 
-    def with_changes(self, **changes: Any) -> "Manifest":
-        """The manifest of the next version."""
-        return replace(self, version=self.version + 1, **changes)
+    def with_changes(self, what: str, rows: int, at: str, **changes: Any) -> "Manifest":
+        """The manifest of the next version, and the change in its history."""
+        version = self.version + 1
+        history = (*self.history, Change(version, at, what, rows))[-MAX_HISTORY:]
+        return replace(self, version=version, history=history, **changes)
 
     def to_bytes(self) -> bytes:
         return canonical({"format": FORMAT, **asdict(self)})
@@ -155,10 +196,11 @@ class Manifest:
         CorruptFile : if it is not, to the byte, what was written.
         """
         body = checked_body(content, where)
-        if (found := body.pop("format", None)) != FORMAT:
+        found = body.pop("format", None)
+        if type(found) is not int or found not in READABLE:
             newer = isinstance(found, int) and found > FORMAT
             hint = "; a newer residual-memory wrote it: upgrade this one" if newer else ""
-            raise UnsupportedFormat(f"{where} has format {found!r}, this library reads format {FORMAT}{hint}")
+            raise UnsupportedFormat(f"{where} has format {found!r}, this library reads formats 1 to {FORMAT}{hint}")
         try:
             return _manifest_of(body)
         except (KeyError, TypeError, ValueError, InvalidInput) as error:
@@ -213,13 +255,15 @@ def _manifest_of(body: dict[str, Any]) -> Manifest:
     layout = Layout(**body.pop("layout"))
     check_layout(layout)
     segments, forgotten, names = body.pop("segments"), body.pop("forgotten"), body.pop("class_names")
-    if not isinstance(segments, list):
-        raise ValueError("segments are no list")
+    history = body.pop("history", [])
+    if not isinstance(segments, list) or not isinstance(history, list):
+        raise ValueError("segments or history are no list")
     manifest = Manifest(
         layout=layout,
         segments=tuple(_segment_of(entry) for entry in segments),
         forgotten=None if forgotten is None else _segment_of(forgotten),
         class_names=None if names is None else tuple(names),
+        history=tuple(Change(**entry) for entry in history),
         **body,
     )
     _check_fields(manifest)
@@ -240,6 +284,10 @@ def _check_fields(manifest: Manifest) -> None:
         raise ValueError("there are rows without a kind of ids")
     if not isinstance(manifest.library, str) or not isinstance(manifest.created, str):
         raise ValueError("library and created are no text")
+    for change in manifest.history:
+        whole, text = is_whole(change.version) and is_whole(change.rows), (change.at, change.what)
+        if not whole or not all(isinstance(value, str) for value in text):
+            raise ValueError("a change in the history is none")
     if not all(value is None or isinstance(value, dict) for value in (manifest.source, manifest.setting)):
         raise ValueError("source or setting is no object")
     if (m := manifest.top_m) is not None and (
@@ -328,35 +376,40 @@ def segment_columns(manifest: Manifest) -> Columns:
     return columns
 
 
-def open_segment(directory: Directory, segment: Segment, expected: Columns) -> dict[str, ndarray]:
+def open_segment(
+    directory: Directory, segment: Segment, expected: Columns, optional: Columns | None = None
+) -> dict[str, ndarray]:
     """The columns of a segment, memory-mapped, after checking that its header can be trusted.
+
+    Parameters
+    ----------
+    expected, optional : columns that must and that may be there.
 
     Raises
     ------
     CorruptFile : if the file is missing, cut, or its header does not describe exactly what is there and expected.
     """
     name, where = segment.file.name, directory.path / segment.file.name
-    length = directory.length(name)
-    if length != segment.file.length:
-        found = "is missing" if length is None else f"has {length:,} bytes"
-        raise CorruptFile(f"{where} {found}, expected {segment.file.length:,} bytes")
-    header, start = _read_header(directory, segment.file)
-    if set(header) != set(expected):
+    header, start = read_header(directory, segment.file)
+    known = {**(optional or {}), **expected}
+    if not set(expected) <= set(header) <= set(known) or any((n + ENDS in header) != (n in header) for n in TEXTS):
         raise CorruptFile(f"{where} has the columns {sorted(header)}, expected {sorted(expected)}")
     places = sorted((entry.first, entry.last) for entry in header.values())
     ends = [0, *(last for _, last in places)]
-    if [first for first, _ in places] != ends[:-1] or start + ends[-1] != length:
+    if [first for first, _ in places] != ends[:-1] or start + ends[-1] != segment.file.length:
         raise CorruptFile(f"{where}: its columns overlap or leave holes")
     for column, entry in header.items():
-        _check_column(entry, expected[column], segment.n_rows, f"{where}: column {column!r}")
+        dtype, trailing = known[column]
+        shape = (-1,) if column in TEXTS else (segment.n_rows, *trailing)
+        _check_column(entry, dtype, shape, f"{where}: column {column!r}")
     return {
         column: directory.map(name, entry.dtype, entry.shape, start + entry.first) for column, entry in header.items()
     }
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A column in a segment's header."""
+class Entry:
+    """A column in a segment's header: type, shape, and its bytes, counted from the end of the header."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -364,17 +417,16 @@ class _Entry:
     last: int
 
     @staticmethod
-    def of(values: dict[str, Any]) -> "_Entry":
+    def of(values: dict[str, Any]) -> "Entry":
         first, last = values["data_offsets"]
-        entry = _Entry(_DTYPES[values["dtype"]], tuple(values["shape"]), first, last)
+        entry = Entry(_DTYPES[values["dtype"]], tuple(values["shape"]), first, last)
         if set(values) != {"dtype", "shape", "data_offsets"} or not all(map(is_whole, (*entry.shape, first, last))):
             raise ValueError("an entry is not of the expected form")
         return entry
 
 
-def _check_column(entry: _Entry, expected: Column, n_rows: int, where: str) -> None:
-    dtype, trailing = expected
-    shape = (n_rows, *trailing)
+def _check_column(entry: Entry, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> None:
+    """Compare with the type and shape that a column must have, −1 where an axis is free."""
     fits = len(entry.shape) == len(shape) and all(b in (-1, a) for a, b in zip(entry.shape, shape, strict=True))
     if entry.dtype != dtype or not fits:
         raise CorruptFile(f"{where} is {entry.dtype} {entry.shape}, expected {dtype} {shape}")
@@ -385,16 +437,26 @@ def _check_column(entry: _Entry, expected: Column, n_rows: int, where: str) -> N
         raise CorruptFile(f"{where} of shape {entry.shape} does not fit its {entry.last - entry.first} bytes")
 
 
-def _read_header(directory: Directory, record: FileRecord) -> tuple[dict[str, _Entry], int]:
+def read_header(directory: Directory, record: FileRecord) -> tuple[dict[str, Entry], int]:
+    """The entries of a segment's header, and where its columns begin.
+
+    Raises
+    ------
+    CorruptFile : if the file is missing or cut, or has none.
+    """
     where = directory.path / record.name
+    length = directory.length(record.name)
+    if length != record.length:
+        found = "is missing" if length is None else f"has {length:,} bytes"
+        raise CorruptFile(f"{where} {found}, expected {record.length:,} bytes")
     start = directory.head(record.name, 8)
-    (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
-    if length > min(MAX_HEADER, record.length):
-        raise CorruptFile(f"{where} announces a header of {length:,} bytes, expected at most {MAX_HEADER:,}")
-    text = directory.head(record.name, 8 + length)[8:]
+    (size,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
+    if size > min(MAX_HEADER, record.length):
+        raise CorruptFile(f"{where} announces a header of {size:,} bytes, expected at most {MAX_HEADER:,}")
+    text = directory.head(record.name, 8 + size)[8:]
     try:
         header = json.loads(text, object_pairs_hook=_without_repeats)
-        return {column: _Entry.of(values) for column, values in header.items()}, 8 + length
+        return {column: Entry.of(values) for column, values in header.items()}, 8 + size
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFile(f"{where} has a damaged header: {error!r}") from error
 

@@ -1,11 +1,12 @@
 """The durable store of what a model said of its training data."""
 
 import datetime
+import errno
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,35 +23,44 @@ from residual_memory.errors import (
     InvalidInput,
     MemoryNotFound,
     ReadOnlyMemory,
-    ResidualMemoryError,
     StorageFailure,
     UnknownId,
 )
+from residual_memory.memory.attributes import Attributes, attribute_columns, carried, is_attribute
+from residual_memory.memory.checking import VerifyReport, damage, verify
+from residual_memory.memory.erasure import (
+    Certificate,
+    Traces,
+    files_gone,
+    ids_digest,
+    search,
+    traces_of,
+    what_remains,
+)
 from residual_memory.memory.format import (
+    COPY,
     MANIFEST,
-    MAX_MANIFEST,
-    Columns,
+    Change,
     Layout,
     Manifest,
     Segment,
     check_layout,
-    decoded_strings,
     encoded_strings,
-    open_segment,
-    segment_columns,
     segment_length_and_pieces,
 )
+from residual_memory.memory.reading import forgotten_table, read_snapshot, rows_of
 from residual_memory.memory.saved import (
     Pieces,
     SavedPart,
-    check_parts,
     is_whole_part,
     read_part,
     remove_part,
     saved_parts,
+    stale,
     sweep,
     write_part,
 )
+from residual_memory.memory.selection import Inventory, Where, inventory, matching
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import LOCK, PART, Directory, FileRecord
 from residual_memory.types import Metric, Task, TopM
@@ -58,41 +68,11 @@ from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_
 
 SEGMENT_BYTES = 64 << 20  # compaction and builders write segments of about this size
 MERGE_BYTES = 32 << 20  # small appends are merged up to this size, so that a memory has few files
-GONE_COLUMNS: Columns = {"rows": (np.dtype(np.int64), ())}
+RESERVE_BYTES = 64 << 10  # held for a forget on a full disk, beside what its files take
 _PREFIXES = ("rows-", "gone-")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with a file of a memory."""
-
-    file: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.file} {self.what}"
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes
-    ----------
-    ok : nothing is wrong with the memory.
-    problems : file and place of each damage.
-    n_files, n_bytes : what was read.
-    ignored : damage of a saved index, which is passed over and built again: the memory is whole without it.
-    """
-
-    problems: tuple[Problem, ...]
-    n_files: int
-    n_bytes: int
-    ignored: tuple[Problem, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_STILL_THERE = "; the rows are erased from the memory, but their old files may still be there: call compact() once more"
+_Part = tuple[Segment | None, Table]  # rows in a segment that is written already, or that is to be written
 
 
 class Memory:
@@ -123,7 +103,7 @@ class Memory:
 
     @staticmethod
     def create(
-        path: str | os.PathLike[str] | None = None,
+        path: "str | os.PathLike[str] | Directory | None" = None,
         *,
         dim: int,
         n_outputs: int,
@@ -163,12 +143,11 @@ class Memory:
         names = None if class_names is None else tuple(str(name) for name in class_names)
         if names is not None and len(names) != n_outputs:
             raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        manifest = Manifest(layout, __version__, class_names=names, source=source, created=created)
+        manifest = Manifest(layout, __version__, class_names=names, source=source, created=_now())
         snapshot = Snapshot(manifest, (), np.zeros(0, np.int64))
         if path is None:
             return Memory(None, snapshot, writable=True)
-        directory = Directory(path)
+        directory = Directory.at(path)
         _require_empty(directory)
         directory.make()
         directory.lock()
@@ -181,7 +160,7 @@ class Memory:
         return Memory(directory, snapshot, writable=True)
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, writable: bool = False, verify: bool = False) -> "Memory":
+    def open(path: "str | os.PathLike[str] | Directory", *, writable: bool = False, verify: bool = False) -> "Memory":
         """Open a memory on disk.
 
         Parameters
@@ -197,15 +176,15 @@ class Memory:
         CorruptFile : if a file is missing, cut or changed.
         UnsupportedFormat : if a newer version of the library wrote it.
         """
-        directory = Directory(path)
+        directory = Directory.at(path)
         if not (directory.path / MANIFEST).exists():
-            raise MemoryNotFound(f"there is no memory at {path}: it has no {MANIFEST}")
+            raise MemoryNotFound(f"there is no memory at {directory.path}: it has no {MANIFEST}")
         if writable:
             directory.lock()
         try:
-            snapshot = _read_snapshot(directory, None)
-            if verify and (problems := _damage(directory, snapshot.manifest)):
-                raise CorruptFile(f"{path} is damaged: {'; '.join(map(str, problems))}")
+            snapshot = read_snapshot(directory)
+            if verify and (problems := damage(directory, snapshot.manifest)):
+                raise CorruptFile(f"{directory.path} is damaged: {'; '.join(map(str, problems))}")
             if writable:
                 _sweep(directory, snapshot.manifest)
         except BaseException:
@@ -267,6 +246,11 @@ class Memory:
         return self._snapshot.version
 
     @property
+    def history(self) -> tuple[Change, ...]:
+        """The last hundred changes that were committed, oldest first."""
+        return self._snapshot.manifest.history
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """The classes' names, where they were given."""
         return self._snapshot.manifest.class_names
@@ -302,6 +286,11 @@ class Memory:
         predictions: "ArrayLike | TopM",
         ids: ArrayLike | None = None,
         groups: ArrayLike | None = None,
+        *,
+        owners: str | Sequence[str] | None = None,
+        expires: Any = None,
+        tags: "Sequence[str] | Sequence[Sequence[str]] | None" = None,
+        snippets: Sequence[str] | None = None,
     ) -> Shaped[ndarray, " b"]:
         """Add rows; they are durable when the call returns.
 
@@ -313,6 +302,11 @@ class Memory:
             probability 0), base values [b] or [b c], or `TopM` for a memory of top-m residuals.
         ids : int64 ≥ 0 or strings [b], one kind a memory; None gives ids that were never given before.
         groups : int64 or strings [b], for example documents; all rows of a memory have one, or none has.
+        owners : whose the rows are: one string for all, or [b].
+        expires : when the rows should be forgotten, as datetimes with a time zone or seconds since 1970: one for all,
+            or [b]. `forget(where={"expired": True})` then does it.
+        tags : a list of strings for all rows, or one such list a row.
+        snippets : of what each row was made of [b], to be shown with it.
 
         Returns
         -------
@@ -331,72 +325,139 @@ class Memory:
             new_ids = self._new_ids(ids, n)
             id_kind = _kind(new_ids)
             group_kind = self._check_groups(groups, n)
+            carrying = attribute_columns(n, owners=owners, expires=expires, tags=tags, snippets=snippets)
             if n == 0:
                 return new_ids
             table["ids"] = new_ids.copy()
             if groups is not None:
                 table["groups"] = as_ids(groups, n, name="groups").copy()
+            table |= carrying
             next_id = max(manifest.next_id, int(new_ids.max()) + 1) if id_kind == "integer" else manifest.next_id
             kept, merged = self._merge_small(table)
-            self._commit_rows(kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m)
+            kinds = {"id_kind": id_kind, "group_kind": group_kind, "next_id": next_id, "top_m": top_m}
+            self._commit_rows("append", n, [*kept, (None, merged)], **kinds)
             return new_ids
 
-    def forget(self, ids: ArrayLike) -> None:
-        """Mask rows at once, durably; `compact` then erases them from disk.
+    def find(self, where: Where) -> Shaped[ndarray, " m"]:
+        """Ids of the rows that meet all conditions, in row order.
+
+        Parameters
+        ----------
+        where : "owner", "tag", "group" and "label" with a value or a list of values, any of which will do; "expired"
+            with True, or with the moment by which a row has expired.
+
+        Raises
+        ------
+        InvalidInput : if a condition is none.
+        """
+        snapshot = self._snapshot
+        return snapshot.all_ids[matching(snapshot, where)]
+
+    def attributes(self, ids: ArrayLike) -> Attributes:
+        """What rows carry beside the numbers: owners, expiry, tags, snippets.
+
+        Raises
+        ------
+        UnknownId : if the memory does not hold one of the ids.
+        """
+        snapshot = self._snapshot
+        return snapshot.attributes(_known_rows(snapshot, as_ids(np.atleast_1d(np.asarray(ids)))))
+
+    def inventory(self) -> Inventory:
+        """What the memory holds, and of whom."""
+        return inventory(self._snapshot)
+
+    def forget(self, ids: ArrayLike | None = None, *, where: Where | None = None) -> int:
+        """Mask rows at once, durably; `compact` then erases them from disk. Possible on a full disk too.
 
         The base model was trained on the rows and still remembers what it learned of them.
+
+        Parameters
+        ----------
+        ids : of the rows; None where `where` names them.
+        where : as in `find`; rows that meet the conditions, of which there may be none.
+
+        Returns
+        -------
+        How many rows were masked.
 
         Raises
         ------
         UnknownId : if the memory does not hold one of the ids; nothing is forgotten.
+        InvalidInput : if a condition is none, or not just one of both is given.
         """
-        with self._changing:
-            self._require_writable()
-            wanted = np.unique(as_ids(np.atleast_1d(np.asarray(ids))))
-            if not len(wanted):
-                return
-            rows = self._snapshot.rows_of(wanted)
-            if (rows < 0).any():
-                unknown = wanted[rows < 0]
-                shown = ", ".join(map(repr, unknown[:5].tolist()))
-                raise UnknownId(
-                    f"the memory does not hold {len(unknown):,} of the {len(wanted):,} ids, for example {shown}"
-                )
-            gone = np.sort(np.concatenate([self._snapshot.forgotten, rows]))
-            self._commit_forgotten(gone)
-
-    def compact(self) -> None:
-        """Rewrite the memory without its forgotten rows and in few segments; the old files are removed."""
+        if (ids is None) == (where is None):
+            raise InvalidInput("forget takes ids or where=, one of both")
         with self._changing:
             self._require_writable()
             snapshot = self._snapshot
-            if not len(snapshot.forgotten) and len(snapshot.tables) <= 1:
-                return
-            self._commit_rows((), _live_tables(snapshot), generation=snapshot.generation + 1, forgotten=None)
+            if where is not None:
+                rows = matching(snapshot, where)
+            else:
+                rows = _known_rows(snapshot, np.unique(as_ids(np.atleast_1d(np.asarray(ids)))))
+            if len(rows):
+                self._commit_forgotten(np.sort(np.concatenate([snapshot.forgotten, rows])), len(rows))
+            return len(rows)
+
+    def compact(self, *, search_files: bool = False) -> Certificate | None:
+        """Erase the forgotten rows from disk, and join the files of many small changes.
+
+        Segments in which nothing was forgotten stay as they are, unless they are small. Saved indexes are removed,
+        since they were built with the rows; the next use builds them again.
+
+        Parameters
+        ----------
+        search_files : look for the erased rows' bytes in every file afterwards, which takes about as long as reading
+            the memory twice.
+
+        Returns
+        -------
+        What was erased; None where nothing was.
+
+        Raises
+        ------
+        StorageFailure : if the disk refuses. The memory then is as it was, or the rows are erased from it and the
+            message says that their old files may still be there; call it again.
+        """
+        with self._changing:
+            self._require_writable()
+            before = self._snapshot
+            gone = before.forgotten
+            traces = traces_of(before, gone) if search_files and self._directory else None
+            names = self._directory.names() if self._directory else []
+            plan = _plan(before)
+            if len(gone) or len(plan) < len(before.tables):
+                rows = _compacted(before, plan)
+                self._commit_rows("compact", len(gone), rows, generation=before.generation + 1, forgotten=None)
+            self._remove_leftovers()
+            return self._certificate(before, names, traces) if len(gone) else None
 
     def save_setting(self, setting: Mapping[str, Any]) -> None:
         """Keep a tuned setting with the memory, so that whoever opens it predicts with it."""
-        self._commit_description(setting=dict(setting))
+        self._commit_description("setting", setting=dict(setting))
 
     def save_source(self, source: Mapping[str, Any]) -> None:
         """Keep where the rows come from: model, layer, data."""
-        self._commit_description(source=dict(source))
+        self._commit_description("source", source=dict(source))
 
     def refresh(self) -> bool:
         """See the newest version; True if it is another one than before."""
         if self._directory is None or self._writable:
             return False
         with self._changing:
-            snapshot = _read_snapshot(self._directory, self._snapshot)
+            snapshot = read_snapshot(self._directory, self._snapshot)
             changed = snapshot.version != self._snapshot.version
             self._snapshot = snapshot
             return changed
 
-    def verify(self) -> VerifyReport:
-        """Compare every byte on disk with what was written; a memory in RAM is always whole."""
-        if self._directory is None:
-            return VerifyReport((), 0, 0)
-        return verify(self._directory.path)
+    def verify(self, *, fast: bool = False) -> VerifyReport:
+        """Compare every byte on disk with what was written; a memory in RAM is always whole.
+
+        Parameters
+        ----------
+        fast : look at which files there are, their lengths and headers, and not at every byte.
+        """
+        return VerifyReport((), 0, 0) if self._directory is None else verify(self._directory, fast=fast)
 
     def saved_parts(self, snapshot: Snapshot) -> list[SavedPart]:
         """The saved parts of an index over this snapshot's rows; none in RAM."""
@@ -519,64 +580,85 @@ class Memory:
             )
         return kind
 
-    def _merge_small(self, table: dict[str, ndarray]) -> tuple[Sequence[tuple[Segment, Table]], Table]:
+    def _merge_small(self, table: dict[str, ndarray]) -> "tuple[list[_Part], Table]":
         """Join the last segments with the new rows while they are no longer than these: few files, few rewrites."""
-        kept = list(zip(self._snapshot.manifest.segments, self._snapshot.tables, strict=True))
-        joined = [table]
+        kept: list[_Part] = list(zip(self._snapshot.manifest.segments, self._snapshot.tables, strict=True))
+        joined: list[Table] = [table]
         n, row_bytes = len(table["keys"]), max(_table_bytes(table) // len(table["keys"]), 1)
-        while kept and kept[-1][0].n_rows <= n and (n + kept[-1][0].n_rows) * row_bytes <= MERGE_BYTES:
-            segment, last = kept.pop()
-            n += segment.n_rows
-            joined.insert(0, dict(last))
+        while kept and _length(kept[-1]) <= n and (n + _length(kept[-1])) * row_bytes <= MERGE_BYTES:
+            part = kept.pop()
+            n += _length(part)
+            joined.insert(0, part[1])
         return kept, _concatenated(joined)
 
-    def _commit_rows(
-        self, kept: Sequence[tuple[Segment, Table]], tables: "Sequence[Table] | Iterator[Table]", **changes: Any
-    ) -> None:
-        segments, held = [segment for segment, _ in kept], [table for _, table in kept]
+    def _commit_rows(self, what: str, rows: int, parts: "Iterable[_Part]", **changes: Any) -> None:
+        """Write the parts that are not written yet, and make all of them the memory's rows."""
+        segments: list[Segment] = []
+        held: list[Table] = []
         version = self._snapshot.version + 1
         forgotten = np.zeros(0, np.int64) if "forgotten" in changes else self._snapshot.forgotten
         written: list[str] = []
         try:
-            for table in tables:
-                segment, readable = self._write("rows", version, table, written)
+            for segment, table in parts:
+                if segment is None:
+                    segment, table = self._write_rows(version, table, written)
                 segments.append(segment)
-                held.append(readable)
-            manifest = self._snapshot.manifest.with_changes(segments=tuple(segments), library=__version__, **changes)
-            self._commit(manifest, held, forgotten)
+                held.append(table)
+            changes |= {"segments": tuple(segments), "library": __version__}
+            self._commit(self._snapshot.manifest.with_changes(what, rows, _now(), **changes), held, forgotten)
         except BaseException:
             self._discard(written)
             raise
 
-    def _commit_description(self, **changes: Any) -> None:
+    def _commit_description(self, what: str, **changes: Any) -> None:
         with self._changing:
             self._require_writable()
-            manifest = self._snapshot.manifest.with_changes(**changes)
+            manifest = self._snapshot.manifest.with_changes(what, 0, _now(), **changes)
             self._commit(manifest, self._snapshot.tables, self._snapshot.forgotten)
 
-    def _commit_forgotten(self, gone: ndarray) -> None:
+    def _commit_forgotten(self, gone: Int64[ndarray, " g"], n_new: int) -> None:
+        version = self._snapshot.version
+        try:
+            self._try_to_forget(gone, n_new)
+        except StorageFailure as error:
+            full = self._directory is not None and error.errno in _FULL and self._snapshot.version == version
+            if not (full and self._directory is not None and self._directory.release_reserve()):
+                raise
+            self._try_to_forget(gone, n_new)
+
+    def _try_to_forget(self, gone: Int64[ndarray, " g"], n_new: int) -> None:
+        before = self._snapshot
         written: list[str] = []
         try:
-            segment, _ = self._write("gone", self._snapshot.version + 1, {"rows": gone}, written)
-            self._commit(self._snapshot.manifest.with_changes(forgotten=segment), self._snapshot.tables, gone)
+            file = self._write("gone", before.version + 1, forgotten_table(gone, before.n_rows), written)
+            manifest = before.manifest.with_changes("forget", n_new, _now(), forgotten=Segment(file, len(gone)))
+            self._commit(manifest, before.tables, gone)
         except BaseException:
             self._discard(written)
             raise
 
-    def _write(self, kind: str, version: int, table: Table, written: list[str]) -> tuple[Segment, Table]:
-        """A table as an immutable file, and what is read back from it; in RAM the table itself."""
-        n_rows = len(next(iter(table.values())))
+    def _write_rows(self, version: int, table: Table, written: list[str]) -> tuple[Segment, Table]:
+        """A segment, and what is read back from it; in RAM the table itself."""
+        segment = Segment(self._write("rows", version, table, written), len(table["keys"]))
+        if self._directory is None:
+            return segment, table
+        manifest = self._snapshot.manifest
+        kinds = {name: _kind(table[name]) if name in table else None for name in ("ids", "groups")}
+        m = table["indices"].shape[1] if "indices" in table else None
+        seen = replace(manifest, id_kind=kinds["ids"], group_kind=kinds["groups"], top_m=m)
+        return segment, rows_of(self._directory, seen, segment)
+
+    def _write(self, kind: str, version: int, table: Table, written: list[str]) -> FileRecord:
+        """A table as an immutable file; in RAM nothing is written."""
         name = f"{kind}-{version:08d}-{secrets.token_hex(4)}.safetensors"
         if self._directory is None:
-            return Segment(FileRecord(name, 0, 1, ()), n_rows), table
+            return FileRecord(name, 0, 1, ())
         coded = {key: encoded_strings(value) if value.dtype.kind == "U" else value for key, value in table.items()}
         length, pieces = segment_length_and_pieces(coded)
         written.append(name)
-        segment = Segment(self._directory.write(name, pieces, length), n_rows)
-        expected = {key: (value.dtype, value.shape[1:]) for key, value in coded.items()}
-        return segment, _readable(self._directory, segment, expected)
+        return self._directory.write(name, pieces, length)
 
-    def _commit(self, manifest: Manifest, tables: Sequence[Table], forgotten: ndarray) -> None:
+    def _commit(self, manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> None:
         """Make a manifest the truth; only then is the change seen."""
         snapshot = Snapshot(manifest, tables, forgotten, self._snapshot)
         if self._directory is None:
@@ -585,18 +667,19 @@ class Memory:
         content = manifest.to_bytes()
         try:
             self._directory.replace(MANIFEST, content)
+            self._adopt(snapshot)
         except BaseException:
-            if self._directory.holds(MANIFEST, content):  # refused after the rename: the change is made, not yet safe
+            # Refused or interrupted after the rename: the change is made, though perhaps not yet safe.
+            if self._snapshot is not snapshot and self._directory.holds(MANIFEST, content):
                 self._adopt(snapshot)
             raise
-        self._adopt(snapshot)
+        self._directory.put(COPY, content)
+        self._directory.keep_reserve(RESERVE_BYTES + 2 * len(content) + manifest.n_rows // 8)
 
     def _adopt(self, snapshot: Snapshot) -> None:
         """See a committed snapshot, and remove the files that only the one before it needed."""
         before, self._snapshot = self._snapshot, snapshot
         self._discard([record.name for record in before.manifest.files()])
-        if self._directory is not None and snapshot.generation != before.generation:
-            sweep(self._directory, snapshot.generation)  # an index of rows that are erased holds something of them
 
     def _discard(self, names: Sequence[str]) -> None:
         """Remove those of the files that the memory does not name."""
@@ -604,30 +687,40 @@ class Memory:
             for name in set(names) - {record.name for record in self._snapshot.manifest.files()}:
                 self._directory.remove(name)
 
+    def _remove_leftovers(self) -> None:
+        """Leave no file of rows or of an index but those in use, durably."""
+        directory, manifest = self._directory, self._snapshot.manifest
+        if directory is None:
+            return
+        _sweep(directory, manifest)
+        left = _leftovers(directory, manifest)
+        try:
+            directory.sync()
+        except StorageFailure as error:
+            raise StorageFailure(error.errno, f"{directory.path}: {error.strerror}{_STILL_THERE}") from error
+        if left:
+            raise StorageFailure(errno.EIO, f"{directory.path}: {', '.join(left)} cannot be removed{_STILL_THERE}")
+
+    def _certificate(self, before: Snapshot, names: Sequence[str], traces: Traces | None) -> Certificate:
+        snapshot, directory = self._snapshot, self._directory
+        found = None if traces is None or directory is None else search(directory, snapshot, traces)
+        return Certificate(
+            memory=None if directory is None else directory.path.absolute().name,
+            at=_now(),
+            library=__version__,
+            version_before=before.version,
+            version=snapshot.version,
+            erased=len(before.forgotten),
+            ids_sha256=ids_digest(before.all_ids[before.forgotten]),
+            rows=len(snapshot),
+            files_removed=() if directory is None else files_gone(names, directory.names()),
+            search=found,
+            remains=what_remains(before),
+        )
+
 
 def _in_ram(manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> Memory:
     return Memory(None, Snapshot(manifest, tables, forgotten), writable=True)
-
-
-def verify(path: str | os.PathLike[str]) -> VerifyReport:
-    """Compare every byte of a memory on disk with what was written, whether or not it can still be opened.
-
-    Raises
-    ------
-    MemoryNotFound : if there is no memory at the path.
-    """
-    directory = Directory(path)
-    if not directory.exists():
-        raise MemoryNotFound(f"there is no memory at {path}")
-    try:
-        content = directory.read(MANIFEST, MAX_MANIFEST)
-        manifest = Manifest.from_bytes(content, str(directory.path / MANIFEST))
-    except ResidualMemoryError as error:
-        return VerifyReport((Problem(MANIFEST, f"cannot be read: {error}"),), 1, 0)
-    records, derived = manifest.files(), list(check_parts(directory))
-    n_bytes = len(content) + sum(record.length for record in records) + sum(length for _, length, _ in derived)
-    ignored = tuple(Problem(name, what) for name, _, what in derived if what is not None)
-    return VerifyReport(tuple(_damage(directory, manifest)), 1 + len(records) + len(derived), n_bytes, ignored)
 
 
 def require_empty(path: str | os.PathLike[str]) -> None:
@@ -646,84 +739,91 @@ def _require_empty(directory: Directory) -> None:
         raise InvalidInput(f"{path} already exists and is not empty; open it with Memory.open, or name another path")
 
 
-def _damage(directory: Directory, manifest: Manifest) -> list[Problem]:
-    checked = ((record.name, directory.check(record)) for record in manifest.files())
-    return [Problem(name, what) for name, what in checked if what is not None]
-
-
-def _read_snapshot(directory: Directory, known: Snapshot | None, attempts: int = 20) -> Snapshot:
-    """The newest committed version; files of `known` are not opened again."""
-    tables = {} if known is None else dict(zip((s.file for s in known.manifest.segments), known.tables, strict=True))
-    for attempt in range(attempts):
-        content = directory.read(MANIFEST, MAX_MANIFEST)
-        manifest = Manifest.from_bytes(content, str(directory.path / MANIFEST))
-        try:
-            expected = segment_columns(manifest)
-            opened = [tables.get(s.file) or _readable(directory, s, expected) for s in manifest.segments]
-            return Snapshot(manifest, opened, _forgotten(directory, manifest), known)
-        except (CorruptFile, StorageFailure):
-            # A compaction between the two reads removes files that the newer manifest no longer names.
-            if attempt + 1 < attempts and directory.read(MANIFEST, MAX_MANIFEST) != content:
-                continue
-            raise
-    raise CorruptFile(f"{directory.path} changes faster than it can be read")
-
-
-def _forgotten(directory: Directory, manifest: Manifest) -> Int64[ndarray, " g"]:
-    if manifest.forgotten is None:
-        return np.zeros(0, np.int64)
-    gone = np.array(_readable(directory, manifest.forgotten, GONE_COLUMNS)["rows"])
-    n_rows = sum(segment.n_rows for segment in manifest.segments)
-    if len(gone) and (gone[0] < 0 or gone[-1] >= n_rows or (gone[1:] <= gone[:-1]).any()):
-        raise CorruptFile(f"{directory.path / manifest.forgotten.file.name} names rows that the memory does not have")
-    return gone
-
-
-def _readable(directory: Directory, segment: Segment, expected: Columns) -> Table:
-    columns = open_segment(directory, segment, expected)
-    for name in ("ids", "groups"):
-        if name in columns and columns[name].dtype == np.uint8:
-            columns[name] = _decoded(columns[name], directory.path / segment.file.name)
-    return columns
-
-
-def _decoded(encoded: ndarray, where: Path) -> ndarray:
-    try:
-        return decoded_strings(encoded)
-    except UnicodeDecodeError as error:
-        raise CorruptFile(f"{where} holds ids or groups that are no text: {error}") from error
-
-
 def _sweep(directory: Directory, manifest: Manifest) -> None:
-    """Remove what an interrupted writer left behind."""
+    for name in _leftovers(directory, manifest):
+        directory.remove(name)
+
+
+def _leftovers(directory: Directory, manifest: Manifest) -> list[str]:
+    """What an interrupted writer left behind, and saved indexes of rows that are erased."""
     named = {record.name for record in manifest.files()}
-    for name in directory.names():
-        if name not in named and (name.startswith(_PREFIXES) or name == MANIFEST + PART):
-            directory.remove(name)
-    sweep(directory, manifest.generation)
+    ours = [name for name in directory.names() if name.startswith(_PREFIXES) or name == MANIFEST + PART]
+    return [name for name in ours if name not in named] + stale(directory, manifest.generation)
 
 
-def _live_tables(snapshot: Snapshot) -> Iterator[Table]:
-    """The rows that are not forgotten, in tables of about `SEGMENT_BYTES`."""
-    alive = np.flatnonzero(snapshot.alive)
-    if not len(alive):
-        return
-    row_bytes = max(sum(_table_bytes(table) for table in snapshot.tables) // snapshot.n_rows, 1)
-    columns = {name: snapshot.column(name) for name in snapshot.tables[0]}
-    size = max(SEGMENT_BYTES // row_bytes, 1)
-    for start in range(0, len(alive), size):
-        rows = alive[start : start + size]
-        yield {name: column.take(rows) for name, column in columns.items()}
+def _known_rows(snapshot: Snapshot, ids: Shaped[ndarray, " b"]) -> Int64[ndarray, " b"]:
+    """The row of each id.
+
+    Raises
+    ------
+    UnknownId : if the memory does not hold one.
+    """
+    rows = snapshot.rows_of(ids)
+    if (rows < 0).any():
+        unknown = ids[rows < 0]
+        shown = ", ".join(map(repr, unknown[:5].tolist()))
+        raise UnknownId(f"the memory does not hold {len(unknown):,} of the {len(ids):,} ids, for example {shown}")
+    return rows
+
+
+def _length(part: "_Part") -> int:
+    return len(part[1]["keys"])
+
+
+def _plan(snapshot: Snapshot) -> "list[int | Int64[ndarray, ' _']]":
+    """What a compaction makes: segments that stay, by number, and between them rows that are written together."""
+    plan: list[int | Int64[ndarray, " _"]] = []
+    waiting: list[Int64[ndarray, " _"]] = []
+    row_bytes = max(sum(map(_table_bytes, snapshot.tables)) // max(snapshot.n_rows, 1), 1)
+
+    def flush() -> None:
+        rows = np.concatenate([np.zeros(0, np.int64), *waiting])
+        size = max(SEGMENT_BYTES // row_bytes, 1)
+        plan.extend(rows[start : start + size] for start in range(0, len(rows), size))
+        waiting.clear()
+
+    start = 0
+    for number, segment in enumerate(snapshot.manifest.segments):
+        alive = snapshot.alive[start : start + segment.n_rows]
+        if alive.all() and segment.file.length >= SEGMENT_BYTES // 2:
+            flush()
+            plan.append(number)
+        else:
+            waiting.append(start + np.flatnonzero(alive))
+        start += segment.n_rows
+    flush()
+    return plan
+
+
+def _compacted(snapshot: Snapshot, plan: "Sequence[int | Int64[ndarray, ' _']]") -> "Iterator[_Part]":
+    for part in plan:
+        if isinstance(part, int):
+            yield snapshot.manifest.segments[part], snapshot.tables[part]
+        else:
+            yield None, table_of(snapshot, part)
+
+
+def table_of(snapshot: Snapshot, rows: Int64[ndarray, " b"]) -> Table:
+    """Some rows with all that they have, as they are stored; they must ascend."""
+    names = [name for name in snapshot.tables[0] if not is_attribute(name)]
+    columns = {name: snapshot.column(name).take(rows) for name in names}
+    return {**columns, **carried(snapshot.tables, snapshot.by_segment(rows)[0])}
 
 
 def _concatenated(tables: Sequence[Table]) -> Table:
     if len(tables) == 1:
         return tables[0]
-    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    names = [name for name in tables[0] if not is_attribute(name)]
+    every = [np.arange(len(table["ids"])) for table in tables]
+    return {**{name: np.concatenate([table[name] for table in tables]) for name in names}, **carried(tables, every)}
 
 
 def _table_bytes(table: Table) -> int:
     return sum(column.nbytes for column in table.values())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _stored(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:

@@ -119,11 +119,17 @@ def remove_part(directory: Directory, part: SavedPart) -> None:
 
 
 def sweep(directory: Directory, generation: int, kept: Iterable[SavedPart] | None = None) -> None:
-    """Remove what is of another generation, and the files that no description names.
+    """Remove what `stale` names."""
+    for name in stale(directory, generation, kept):
+        directory.remove(name)
+
+
+def stale(directory: Directory, generation: int, kept: Iterable[SavedPart] | None = None) -> list[str]:
+    """What is of another generation, and the files that no description names; descriptions first.
 
     Parameters
     ----------
-    kept : remove all but these; None keeps every part of the generation.
+    kept : name all but these; None keeps every part of the generation.
     """
     named: set[str] = set()
     described = [_described(directory, name) for name in _descriptions(directory)] if kept is None else kept
@@ -131,9 +137,8 @@ def sweep(directory: Directory, generation: int, kept: Iterable[SavedPart] | Non
         if part is not None and part.generation == generation:
             named |= {part.file, *(record.name for record in part.pieces.values())}
     # Descriptions go first: what they name is then no part that somebody may take for whole.
-    for name in sorted(directory.names(), key=lambda name: not name.endswith(".json")):
-        if name.startswith(PREFIX) and name not in named:
-            directory.remove(name)
+    names = sorted(directory.names(), key=lambda name: not name.endswith(".json"))
+    return [name for name in names if name.startswith(PREFIX) and name not in named]
 
 
 def check_parts(directory: Directory) -> Iterator[tuple[str, int, str | None]]:
@@ -142,7 +147,8 @@ def check_parts(directory: Directory) -> Iterator[tuple[str, int, str | None]]:
         part = _described(directory, name)
         yield name, directory.length(name) or 0, "is no description of a saved index" if part is None else None
         for record in part.pieces.values() if part else ():
-            yield record.name, record.length, directory.check(record)
+            damage = directory.check(record)
+            yield record.name, record.length, None if damage is None else damage.what
 
 
 def _descriptions(directory: Directory) -> list[str]:

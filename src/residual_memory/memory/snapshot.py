@@ -8,6 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, Integer, Shaped
 from numpy import ndarray
 
+from residual_memory.memory.attributes import (
+    Attributes,
+    Texts,
+    carried,
+    expires_in,
+    tags_of,
+    texts_in,
+)
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.lookup import SegmentIds, all_ascending, find_rows
 from residual_memory.residuals import classification_residuals, dense, regression_residuals
@@ -118,7 +126,7 @@ class Snapshot:
         self.forgotten = forgotten
         self.layout = manifest.layout
         self.version, self.generation = manifest.version, manifest.generation
-        self.n_rows = sum(segment.n_rows for segment in manifest.segments)
+        self.n_rows = manifest.n_rows
         seen = {} if known is None else dict(zip(map(id, known.tables), known._segment_ids, strict=True))
         self._segment_ids: list[SegmentIds] = [seen.get(id(table)) or SegmentIds(table["ids"]) for table in self.tables]
 
@@ -182,6 +190,35 @@ class Snapshot:
         if not self.tables or self.tables[0]["ids"].dtype.kind != ids.dtype.kind:
             return np.full(len(ids), -1)
         return find_rows(self._segment_ids, self.alive, ids)
+
+    def attributes(self, rows: Int64[ndarray, " b"]) -> Attributes:
+        """What these rows carry beside the numbers."""
+        runs, places = self.by_segment(rows)
+        columns = carried(self.tables, runs)
+        n = len(rows)
+        texts = {name: texts_in(columns, name, n).take(places).decoded() for name in ("owners", "tags", "snippets")}
+        tags = [tags_of(text) for text in texts["tags"]]
+        return Attributes(texts["owners"], expires_in(columns, n)[places], tags, texts["snippets"])
+
+    def texts(self, name: str) -> Texts:
+        """A text of every row, forgotten ones too: "owners", "tags" or "snippets"."""
+        return Texts.joined([Texts.none(0), *(texts_in(table, name, len(table["ids"])) for table in self.tables)])
+
+    @property
+    def expires(self) -> Int64[ndarray, " n"]:
+        """When every row expires, forgotten ones too."""
+        parts = [expires_in(table, len(table["ids"])) for table in self.tables]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def by_segment(self, rows: Int64[ndarray, " b"]) -> tuple[list[ndarray], Int64[ndarray, " b"]]:
+        """The rows of each segment by their number in it, and where each of the rows lies when these are joined."""
+        ends = np.cumsum([0, *(len(table["ids"]) for table in self.tables)])
+        order = np.argsort(rows, kind="stable")
+        cuts = np.searchsorted(rows[order], ends)
+        runs = [rows[order[a:b]] - start for a, b, start in zip(cuts, cuts[1:], ends, strict=False)]
+        places = np.empty(len(rows), np.int64)
+        places[order] = np.arange(len(rows))
+        return runs, places
 
     def residuals(self, rows: Int64[ndarray, " b"], temperature: float) -> Float[ndarray, "b c"]:
         """What the base could not learn of these rows."""

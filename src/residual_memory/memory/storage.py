@@ -8,11 +8,12 @@ import errno
 import fcntl
 import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy import ndarray
@@ -20,9 +21,12 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, MemoryLocked, StorageFailure
 
 LOCK = "lock"
+RESERVE = "reserve"
 PART = ".part"
 MAX_CHUNKS = 1024
 MIN_CHUNK = 1 << 20
+PIECE = 1 << 18  # bytes that are read and summed at a time: they stay in the cache of a core
+SPAN = 16 << 20  # bytes that a thread checks at a time
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,102 @@ class FileRecord:
     crc32: tuple[int, ...]
 
 
-class Directory:
-    """The files of one memory: a flat directory."""
+@dataclass(frozen=True)
+class Damage:
+    """Bytes of a file that are not those that were written.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Attributes
+    ----------
+    what : for people.
+    first, last : the bytes among which a change lies; the whole file where it is missing or of another length.
+    """
+
+    what: str
+    first: int
+    last: int
+
+
+class Disk:
+    """The calls to the system that a memory makes, and no others."""
+
+    def names(self, folder: Path) -> list[str]:
+        return sorted(entry.name for entry in os.scandir(folder))
+
+    def make_folder(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    def create(self, path: Path, *, fresh: bool) -> BinaryIO:
+        """A file to write to, unbuffered; with `fresh` there must be none of that name."""
+        return open(path, "xb" if fresh else "wb", buffering=0)
+
+    def write(self, file: BinaryIO, piece: memoryview) -> int:
+        return file.write(piece)
+
+    def sync(self, file: BinaryIO) -> None:
+        os.fsync(file.fileno())
+
+    def rename(self, before: Path, after: Path) -> None:
+        os.replace(before, after)
+
+    def sync_folder(self, folder: Path) -> None:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+    def open(self, path: Path) -> BinaryIO:
+        """A file to read from, unbuffered."""
+        return open(path, "rb", buffering=0)
+
+    def map(self, path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> ndarray:
+        return np.memmap(path, dtype, "r", offset, shape)
+
+    def lock(self, path: Path) -> BinaryIO:
+        """The file, held by nobody else; it is given back when it is closed.
+
+        Raises
+        ------
+        BlockingIOError : if somebody holds it.
+        """
+        file: BinaryIO = open(path, "a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+
+class Directory:
+    """The files of one memory: a flat directory.
+
+    Parameters
+    ----------
+    path : of the directory.
+    disk : what reaches the system; another one records or refuses.
+
+    A directory that nobody refers to any more gives its lock back.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], disk: Disk | None = None) -> None:
+        self._lock: BinaryIO | None = None
         self.path = Path(path)
-        self._lock: int | None = None
+        self._disk = Disk() if disk is None else disk
+
+    def __del__(self) -> None:
+        self.unlock()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @staticmethod
+    def at(path: "str | os.PathLike[str] | Directory") -> "Directory":
+        """The directory of a path; one that is a directory already is taken as it is."""
+        return path if isinstance(path, Directory) else Directory(path)
 
     def exists(self) -> bool:
         return self.path.is_dir()
@@ -58,12 +152,12 @@ class Directory:
         with _refusals(self.path):
             above = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             for folder in reversed(above):
-                folder.mkdir(exist_ok=True)
-                _fsync_directory(folder.parent)
+                self._disk.make_folder(folder)
+                self._disk.sync_folder(folder.parent)
 
     def names(self) -> list[str]:
         with _refusals(self.path):
-            return sorted(entry.name for entry in os.scandir(self.path))
+            return self._disk.names(self.path)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview], length: int) -> FileRecord:
         """Write a new file durably, in pieces; on any failure nothing of it stays.
@@ -75,16 +169,15 @@ class Directory:
         target = self.path / name
         chunk = max(MIN_CHUNK, -(-length // MAX_CHUNKS))
         checksums = _Checksums(chunk)
-        with _refusals(target):
+        with _refusals(target), self._disk.create(target, fresh=True) as file:
             try:
-                with open(target, "xb", buffering=0) as file:
-                    for piece in pieces:
-                        checksums.add(piece)
-                        _write_all(file, piece)
-                    os.fsync(file.fileno())
-                _fsync_directory(self.path)
+                for piece in pieces:
+                    checksums.add(piece)
+                    self._write_all(file, piece)
+                self._disk.sync(file)
+                self._disk.sync_folder(self.path)
             except BaseException:
-                self._forget(name)
+                self.remove(name)
                 raise
         return FileRecord(name, length, chunk, checksums.all())
 
@@ -93,19 +186,29 @@ class Directory:
 
         Raises
         ------
-        StorageFailure : if the disk refuses; the old file is still there.
+        StorageFailure : if the disk refuses; the old file is still there, unless the last step failed.
         """
         part, target = self.path / (name + PART), self.path / name
         with _refusals(target):
             try:
-                with open(part, "wb", buffering=0) as file:
-                    _write_all(file, content)
-                    os.fsync(file.fileno())
-                os.replace(part, target)
+                with self._disk.create(part, fresh=False) as file:
+                    self._write_all(file, content)
+                    self._disk.sync(file)
+                self._disk.rename(part, target)
             except BaseException:
-                self._forget(part.name)
+                self.remove(part.name)
                 raise
-            _fsync_directory(self.path)
+            self._disk.sync_folder(self.path)
+
+    def put(self, name: str, content: bytes) -> bool:
+        """Put a file down that may be lost at any time, without waiting for the disk; whether it is there now."""
+        try:
+            with self._disk.create(self.path / name, fresh=False) as file:
+                self._write_all(file, content)
+        except OSError:
+            self.remove(name)
+            return False
+        return True
 
     def read(self, name: str, limit: int) -> bytes:
         """The whole of a small file.
@@ -117,8 +220,8 @@ class Directory:
         target = self.path / name
         with _refusals(target):
             try:
-                with open(target, "rb") as file:
-                    content = file.read(limit + 1)
+                with self._disk.open(target) as file:
+                    content = b"".join(map(bytes, _pieces(file, limit + 1)))
             except FileNotFoundError:
                 raise CorruptFile(f"{target} is missing") from None
         if len(content) > limit:
@@ -134,19 +237,13 @@ class Directory:
 
     def head(self, name: str, size: int) -> bytes:
         """The first bytes of a file."""
-        with _refusals(self.path / name), open(self.path / name, "rb") as file:
-            return file.read(size)
+        with _refusals(self.path / name), self._disk.open(self.path / name) as file:
+            return b"".join(map(bytes, _pieces(file, size)))
 
     def length(self, name: str) -> int | None:
         """Bytes of the file; None where there is no plain file of that name."""
         target = self.path / name
         return None if target.is_symlink() or not target.is_file() else target.stat().st_size
-
-    def chunks(self, record: FileRecord) -> Iterator[bytes]:
-        """The file's content, chunk by chunk."""
-        with _refusals(self.path / record.name), open(self.path / record.name, "rb", buffering=0) as file:
-            while piece := file.read(record.chunk):
-                yield piece
 
     def content(self, record: FileRecord) -> memoryview:
         """The whole of a file, if it is to the byte what was written.
@@ -159,11 +256,16 @@ class Directory:
         if self.length(record.name) != record.length:
             raise CorruptFile(f"{target} is missing, or has not {record.length:,} bytes")
         content, filled = bytearray(record.length), 0
-        for piece, expected in zip(self.chunks(record), record.crc32, strict=False):
-            if zlib.crc32(piece) != expected:
-                raise CorruptFile(f"{target} is damaged")
-            content[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        with _refusals(target), self._disk.open(target) as file:
+            for expected in record.crc32:
+                size = min(record.chunk, record.length - filled)
+                found = 0
+                for piece in _pieces(file, size):
+                    found = zlib.crc32(piece, found)
+                    content[filled : filled + len(piece)] = piece
+                    filled += len(piece)
+                if found != expected:
+                    raise CorruptFile(f"{target} is damaged")
         if filled != record.length or len(content) != record.length:
             raise CorruptFile(f"{target} is cut")
         return memoryview(content).toreadonly()
@@ -173,24 +275,72 @@ class Directory:
         if 0 in shape:
             return np.zeros(shape, dtype)
         with _refusals(self.path / name):
-            return np.memmap(self.path / name, dtype, "r", offset, shape)
+            return self._disk.map(self.path / name, dtype, shape, offset)
 
     def remove(self, name: str) -> None:
-        """Remove a file that no manifest names any more; a failure is left for the next sweep."""
-        self._forget(name)
+        """Remove a file that no manifest names; a failure is left for the next sweep."""
+        with suppress(OSError):
+            self._disk.remove(self.path / name)
 
-    def check(self, record: FileRecord) -> str | None:
-        """What is wrong with the file, and where; None if it is as it was written."""
-        length = self.length(record.name)
-        if length is None:
-            return "is missing"
-        if length != record.length:
-            return f"has {length:,} bytes, expected {record.length:,}"
-        for place, (piece, expected) in enumerate(zip(self.chunks(record), record.crc32, strict=True)):
-            if zlib.crc32(piece) != expected:
+    def sync(self) -> None:
+        """Make what was removed stay removed when the power fails."""
+        with _refusals(self.path):
+            self._disk.sync_folder(self.path)
+
+    def check(self, record: FileRecord) -> Damage | None:
+        """The first thing that is wrong with the file; None if it is as it was written."""
+        return next(iter(self.check_all([record])[record.name]), None)
+
+    def check_all(self, records: Sequence[FileRecord]) -> dict[str, list[Damage]]:
+        """What is wrong with each file, by its name. Large ones are read by several threads.
+
+        Raises
+        ------
+        StorageFailure : if a file cannot be read.
+        """
+        found: dict[str, list[Damage]] = {record.name: [] for record in records}
+        spans: list[tuple[FileRecord, int, int]] = []
+        for record in records:
+            length = self.length(record.name)
+            if length != record.length:
+                what = "is missing" if length is None else f"has {length:,} bytes, expected {record.length:,}"
+                found[record.name].append(Damage(what, 0, max(record.length - 1, 0)))
+                continue
+            step = max(SPAN // record.chunk, 1)
+            spans += [(record, first, first + step) for first in range(0, len(record.crc32), step)]
+        if len(spans) <= 2:
+            checked = [self._check_span(*span) for span in spans]
+        else:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+                checked = list(pool.map(lambda span: self._check_span(*span), spans))
+        for (record, _, _), damages in zip(spans, checked, strict=True):
+            found[record.name] += damages
+        return found
+
+    def _check_span(self, record: FileRecord, begin: int, end: int) -> list[Damage]:
+        """What is wrong with chunks `begin` to `end` of a file."""
+        damages = []
+        target = self.path / record.name
+        with _refusals(target), self._disk.open(target) as file:
+            file.seek(begin * record.chunk)
+            for place, expected in enumerate(record.crc32[begin:end], begin):
                 first = place * record.chunk
-                return f"is damaged somewhere in bytes {first:,} to {first + len(piece) - 1:,}"
-        return None
+                size = min(record.chunk, record.length - first)
+                found = 0
+                for piece in _pieces(file, size):
+                    found = zlib.crc32(piece, found)
+                if found != expected:
+                    last = first + size - 1
+                    damages.append(Damage(f"is damaged somewhere in bytes {first:,} to {last:,}", first, last))
+        return damages
+
+    def blocks(self, name: str, size: int, overlap: int) -> Iterator[bytes]:
+        """The file in pieces that begin with the last `overlap` bytes of the one before."""
+        with _refusals(self.path / name), self._disk.open(self.path / name) as file:
+            before = b""
+            while piece := file.read(size):
+                yield before + piece
+                before = (before + piece)[-overlap:] if overlap else b""
 
     def lock(self) -> None:
         """Become the one writer.
@@ -199,27 +349,54 @@ class Directory:
         ------
         MemoryLocked : at once, if another process is; the message names it.
         """
-        with _refusals(self.path / LOCK):
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        path = self.path / LOCK
+        with _refusals(path):
             try:
-                _lock_file(descriptor, self.path)
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
+                self._lock = self._disk.lock(path)
+                self._lock.truncate(0)
+                self._write_all(self._lock, str(os.getpid()).encode())
+            except BlockingIOError:
+                holder = path.read_bytes()[:64].decode(errors="replace").strip() or "unknown"
+                raise MemoryLocked(
+                    f"{self.path} is being written to by process {holder}; "
+                    "close that writer, or open this one read-only (writable=False)"
+                ) from None
             except BaseException:
-                os.close(descriptor)
+                self.unlock()
                 raise
-        self._lock = descriptor
 
     def unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
-    def _forget(self, name: str) -> None:
-        try:
-            os.unlink(self.path / name)
-        except OSError:
-            pass
+    def keep_reserve(self, size: int) -> None:
+        """Hold at least this many bytes of the disk, for the change that must be possible when the disk is full."""
+        if (self.length(RESERVE) or 0) < size:
+            # Random, so that a file system that compresses keeps room for it; twice as many, so that few grow it.
+            self.put(RESERVE, os.urandom(2 * size))
+
+    def release_reserve(self) -> bool:
+        """Give the held bytes back to the disk; whether there were any."""
+        held = bool(self.length(RESERVE))
+        self.remove(RESERVE)
+        return held
+
+    def _write_all(self, file: BinaryIO, piece: bytes | memoryview) -> None:
+        view = memoryview(piece)
+        while len(view):
+            view = view[self._disk.write(file, view) :]
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[memoryview]:
+    """At most `size` bytes from where the file is; a piece holds until the next one is asked for."""
+    buffer = memoryview(bytearray(min(size, PIECE)))
+    while size > 0:
+        n = file.readinto(buffer[: min(size, PIECE)])  # type: ignore[attr-defined]
+        if not n:
+            return
+        yield buffer[:n]
+        size -= n
 
 
 class _Checksums:
@@ -242,31 +419,6 @@ class _Checksums:
 
     def all(self) -> tuple[int, ...]:
         return (*self._done, self._current) if self._filled else tuple(self._done)
-
-
-def _lock_file(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
-        raise MemoryLocked(
-            f"{path} is being written to by process {holder}; "
-            "close that writer, or open this one read-only (writable=False)"
-        ) from None
-
-
-def _write_all(file: Any, piece: bytes | memoryview) -> None:
-    view = memoryview(piece)
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
