@@ -1,11 +1,12 @@
 """The durable store of what a model said of its training data."""
 
 import datetime
+import itertools
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,29 +157,18 @@ class Memory:
         InvalidInput : if an option is not one of those, or the path already holds a memory or other files.
         MemoryLocked : if another process is making it right now.
         """
-        layout = Layout(
-            as_count("dim", dim), as_count("n_outputs", n_outputs), task, metric, residuals, key_dtype, prediction_dtype
+        manifest = described(
+            dim=dim,
+            n_outputs=n_outputs,
+            task=task,
+            metric=metric,
+            residuals=residuals,
+            class_names=class_names,
+            key_dtype=key_dtype,
+            prediction_dtype=prediction_dtype,
+            source=source,
         )
-        check_layout(layout)
-        names = None if class_names is None else tuple(str(name) for name in class_names)
-        if names is not None and len(names) != n_outputs:
-            raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        manifest = Manifest(layout, __version__, class_names=names, source=source, created=created)
-        snapshot = Snapshot(manifest, (), np.zeros(0, np.int64))
-        if path is None:
-            return Memory(None, snapshot, writable=True)
-        directory = Directory(path)
-        _require_empty(directory)
-        directory.make()
-        directory.lock()
-        try:
-            _require_empty(directory)
-            directory.replace(MANIFEST, manifest.to_bytes())
-        except BaseException:
-            directory.unlock()
-            raise
-        return Memory(directory, snapshot, writable=True)
+        return begun(path, manifest)
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, writable: bool = False, verify: bool = False) -> "Memory":
@@ -341,6 +331,42 @@ class Memory:
             self._commit_rows(kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m)
             return new_ids
 
+    def extend(self, blocks: Iterable[Mapping[str, Any]]) -> int:
+        """Add the rows of many blocks in one step: all of them, or none.
+
+        Rows are written as they come, in segments of about `SEGMENT_BYTES`; only ids are held in RAM.
+
+        Parameters
+        ----------
+        blocks : each with the arguments of `append` by name. Ids are unique over all blocks.
+
+        Returns
+        -------
+        How many rows were added.
+
+        Raises
+        ------
+        InvalidInput, DimensionMismatch, DuplicateId : if a block does not fit; nothing is added.
+        StorageFailure : if the disk refuses; nothing is added.
+        """
+        with self._changing:
+            self._require_writable()
+            before = self._snapshot
+            stream = _Stream(self, before.manifest)
+            tables = _in_segments(stream.tables(blocks))
+            first = next(tables, None)
+            if first is None:
+                return 0
+            kept, merged = self._merge_small(dict(first))
+
+            def last() -> dict[str, Any]:
+                if self._snapshot is not before:
+                    raise InvalidInput("the memory was changed while its new rows were read; change it before or after")
+                return stream.changes()
+
+            self._commit_rows(kept, itertools.chain([merged], tables), last)
+            return stream.n_rows
+
     def forget(self, ids: ArrayLike) -> None:
         """Mask rows at once, durably; `compact` then erases them from disk.
 
@@ -460,7 +486,11 @@ class Memory:
             raise ReadOnlyMemory(f"{self.path} is open read-only, or closed; use Memory.open(path, writable=True)")
 
     def _validated(
-        self, keys: ArrayLike, labels: ArrayLike, predictions: "ArrayLike | TopM"
+        self,
+        keys: ArrayLike,
+        labels: ArrayLike,
+        predictions: "ArrayLike | TopM",
+        manifest: Manifest | None = None,
     ) -> tuple[dict[str, ndarray], int | None]:
         layout = self.layout
         if isinstance(predictions, TopM) != (layout.residuals == "top-m"):
@@ -473,7 +503,7 @@ class Memory:
         checked = as_predictions(predictions, layout.task, layout.n_outputs)
         if len(checked) != len(new_keys):
             raise DimensionMismatch(f"there are {len(checked):,} predictions for {len(new_keys):,} keys")
-        top_m = self._snapshot.manifest.top_m
+        top_m = (manifest or self._snapshot.manifest).top_m
         if isinstance(checked, TopM):
             m = checked.indices.shape[1]
             if top_m not in (None, m):
@@ -488,8 +518,8 @@ class Memory:
             table[name] = _stored(name, table[name], dtype)
         return table, top_m
 
-    def _new_ids(self, ids: ArrayLike | None, n: int) -> ndarray:
-        manifest = self._snapshot.manifest
+    def _new_ids(self, ids: ArrayLike | None, n: int, manifest: Manifest | None = None) -> ndarray:
+        manifest = manifest or self._snapshot.manifest
         if ids is None:
             if manifest.id_kind == "string":
                 raise InvalidInput("the memory's ids are strings, so it cannot give ids by itself; pass ids=")
@@ -510,8 +540,8 @@ class Memory:
             )
         return new
 
-    def _check_groups(self, groups: ArrayLike | None, n: int) -> str | None:
-        manifest = self._snapshot.manifest
+    def _check_groups(self, groups: ArrayLike | None, n: int, manifest: Manifest | None = None) -> str | None:
+        manifest = manifest or self._snapshot.manifest
         kind = None if groups is None else _kind(as_ids(groups, n, name="groups"))
         if manifest.id_kind is not None and kind != manifest.group_kind:
             raise InvalidInput(
@@ -531,8 +561,13 @@ class Memory:
         return kept, _concatenated(joined)
 
     def _commit_rows(
-        self, kept: Sequence[tuple[Segment, Table]], tables: "Sequence[Table] | Iterator[Table]", **changes: Any
+        self,
+        kept: Sequence[tuple[Segment, Table]],
+        tables: Iterable[Table],
+        last: Callable[[], dict[str, Any]] = dict,
+        **changes: Any,
     ) -> None:
+        """Write tables and name them in a new manifest; `last` gives the changes that are known only after the last."""
         segments, held = [segment for segment, _ in kept], [table for _, table in kept]
         version = self._snapshot.version + 1
         forgotten = np.zeros(0, np.int64) if "forgotten" in changes else self._snapshot.forgotten
@@ -542,6 +577,7 @@ class Memory:
                 segment, readable = self._write("rows", version, table, written)
                 segments.append(segment)
                 held.append(readable)
+            changes |= last()
             manifest = self._snapshot.manifest.with_changes(segments=tuple(segments), library=__version__, **changes)
             self._commit(manifest, held, forgotten)
         except BaseException:
@@ -603,6 +639,142 @@ class Memory:
         if self._directory is not None:
             for name in set(names) - {record.name for record in self._snapshot.manifest.files()}:
                 self._directory.remove(name)
+
+
+class _Stream:
+    """Rows of many blocks on their way into a memory: checked block by block, as if each had been appended.
+
+    Parameters
+    ----------
+    memory : whose rows they become.
+    manifest : of the memory before them; what the blocks settle is noted in it.
+    """
+
+    def __init__(self, memory: Memory, manifest: Manifest) -> None:
+        self._memory, self._manifest = memory, manifest
+        self._ids: list[ndarray] = []
+        self.n_rows = 0
+
+    def tables(self, blocks: Iterable[Mapping[str, Any]]) -> Iterator[Table]:
+        for block in blocks:
+            try:
+                table = self._table(**_arguments(block))
+            except InvalidInput as error:
+                raise type(error)(f"in the block that begins with row {self.n_rows:,}: {error}") from None
+            self.n_rows += len(table["keys"])
+            if len(table["keys"]):
+                yield table
+
+    def changes(self) -> dict[str, Any]:
+        """What the manifest says after all blocks.
+
+        Raises
+        ------
+        DuplicateId : if two blocks have an id in common.
+        """
+        ids = np.concatenate(self._ids)
+        if not (ids[1:] > ids[:-1]).all():
+            ordered = np.sort(ids)
+            if (twice := ordered[1:] == ordered[:-1]).any():
+                raise DuplicateId(f"id {ordered[1:][twice][0].item()!r} is given in more than one block")
+        return {name: getattr(self._manifest, name) for name in ("id_kind", "group_kind", "next_id", "top_m")}
+
+    def _table(
+        self,
+        keys: ArrayLike,
+        labels: ArrayLike,
+        predictions: "ArrayLike | TopM",
+        ids: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> dict[str, ndarray]:
+        memory, manifest = self._memory, self._manifest
+        table, top_m = memory._validated(keys, labels, predictions, manifest)
+        n = len(table["keys"])
+        table["ids"] = memory._new_ids(ids, n, manifest).copy()
+        group_kind = memory._check_groups(groups, n, manifest)
+        if groups is not None:
+            table["groups"] = as_ids(groups, n, name="groups").copy()
+        if n:
+            kind = _kind(table["ids"])
+            next_id = max(manifest.next_id, int(table["ids"].max()) + 1) if kind == "integer" else manifest.next_id
+            self._manifest = replace(manifest, id_kind=kind, group_kind=group_kind, next_id=next_id, top_m=top_m)
+            self._ids.append(table["ids"])
+        return table
+
+
+def _arguments(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    if missing := [name for name in ("keys", "labels", "predictions") if name not in block]:
+        raise InvalidInput(f"a block holds no {missing[0]}, it has {', '.join(block)}")
+    if unknown := set(block) - {"keys", "labels", "predictions", "ids", "groups"}:
+        raise InvalidInput(f"a block holds {min(unknown)!r}, expected keys, labels, predictions, ids and groups")
+    return block
+
+
+def _in_segments(tables: Iterable[Table]) -> Iterator[Table]:
+    """The same rows in tables of about `SEGMENT_BYTES`."""
+    waiting: list[Table] = []
+    n_bytes = 0
+    for table in tables:
+        waiting.append(table)
+        n_bytes += _table_bytes(table)
+        if n_bytes >= SEGMENT_BYTES:
+            yield _concatenated(waiting)
+            waiting, n_bytes = [], 0
+    if waiting:
+        yield _concatenated(waiting)
+
+
+def described(
+    *,
+    dim: int,
+    n_outputs: int,
+    task: Task = "classification",
+    metric: Metric = "euclidean",
+    residuals: str = "dense",
+    class_names: Sequence[str] | None = None,
+    key_dtype: str = "float32",
+    prediction_dtype: str = "float32",
+    source: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """What is true of a memory of these options before it has rows.
+
+    Raises
+    ------
+    InvalidInput : if an option is not one that a memory can have.
+    """
+    layout = Layout(
+        as_count("dim", dim), as_count("n_outputs", n_outputs), task, metric, residuals, key_dtype, prediction_dtype
+    )
+    check_layout(layout)
+    names = None if class_names is None else tuple(str(name) for name in class_names)
+    if names is not None and len(names) != n_outputs:
+        raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Manifest(layout, __version__, class_names=names, source=source, created=created)
+
+
+def begun(path: str | os.PathLike[str] | None, manifest: Manifest) -> Memory:
+    """An empty memory of which the manifest is true, open for writing.
+
+    Raises
+    ------
+    InvalidInput : if the path already holds a memory or other files.
+    MemoryLocked : if another process is making it right now.
+    """
+    snapshot = Snapshot(manifest, (), np.zeros(0, np.int64))
+    if path is None:
+        return Memory(None, snapshot, writable=True)
+    directory = Directory(path)
+    _require_empty(directory)
+    directory.make()
+    directory.lock()
+    try:
+        _require_empty(directory)
+        directory.replace(MANIFEST, manifest.to_bytes())
+    except BaseException:
+        directory.unlock()
+        raise
+    return Memory(directory, snapshot, writable=True)
 
 
 def _in_ram(manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> Memory:

@@ -14,8 +14,17 @@ Column = tuple[np.dtype[Any], tuple[int, ...]]  # type and shape
 METADATA = "__metadata__"
 
 _NAMES = {
-    **{"<i8": "I64", "<i4": "I32", "<i2": "I16", "|i1": "I8", "<f8": "F64", "<f4": "F32", "<f2": "F16"},
-    **{"<u8": "U64", "<u4": "U32", "<u2": "U16", "|u1": "U8"},
+    "<i8": "I64",
+    "<i4": "I32",
+    "<i2": "I16",
+    "|i1": "I8",
+    "<f8": "F64",
+    "<f4": "F32",
+    "<f2": "F16",
+    "<u8": "U64",
+    "<u4": "U32",
+    "<u2": "U16",
+    "|u1": "U8",
 }
 _DTYPES = {name: np.dtype(code) for code, name in _NAMES.items()}
 
