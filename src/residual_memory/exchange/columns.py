@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.errors import CorruptFile, InvalidInput, ResidualMemoryError
 from residual_memory.exchange.rows import BLOCK_BYTES, Block, Rows, block_of, held, texts
 from residual_memory.memory.format import Manifest
 
@@ -83,7 +83,9 @@ def opened(name: str, open_file: Callable[[], Any]) -> Iterator[Any]:
     try:
         with open_file() as file:
             yield file
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last of an encrypted one
+    except ResidualMemoryError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CorruptFile(f"{name} is damaged: {error}; save it again") from error
 
 

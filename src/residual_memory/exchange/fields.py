@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from residual_memory.exchange.rows import BLOCK_BYTES, TOP_M, Block, block_of
 from residual_memory.memory import Column, Memory, Snapshot
+from residual_memory.progress import Advance
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,16 @@ class Exported:
 
     Values are those that are stored, to the last bit, but for probabilities on a log scale: they are decoded, and give
     the same codes when they are stored again.
+
+    Attributes
+    ----------
+    advance : called with the number of rows whenever a block of a column was taken, for a progress bar.
     """
 
     def __init__(self, memory: Memory) -> None:
         self._snapshot: Snapshot = memory.snapshot
         self.n_rows = len(self._snapshot)
+        self.advance: Advance = lambda values: None
 
     @property
     def ids(self) -> Shaped[ndarray, " n"]:
@@ -57,11 +63,10 @@ class Exported:
         """The columns."""
         snapshot = self._snapshot
         columns = {name: snapshot.column(name) for name in snapshot.layout.columns(snapshot.manifest.top_m or 1)}
-        fields = [self._field(name, column) for name, column in columns.items()]
         names = {"ids": snapshot.id_column, "groups": snapshot.group_column}
-        return fields + [
-            Field(name, column.dtype, (), column.take) for name, column in names.items() if column is not None
-        ]
+        fields = [self._field(name, column) for name, column in columns.items()]
+        fields += [Field(name, column.dtype, (), column.take) for name, column in names.items() if column is not None]
+        return [replace(field, take=self._told(field.take)) for field in fields]
 
     def row_blocks(self) -> Iterator[Int64[ndarray, " b"]]:
         """The rows, some at a time."""
@@ -78,6 +83,14 @@ class Exported:
         for rows in self.row_blocks():
             yield block_of(first, {field.name: field.take(rows) for field in self.fields})
             first += len(rows)
+
+    def _told(self, take: Callable[[Int64[ndarray, " b"]], ndarray]) -> Callable[[Int64[ndarray, " b"]], ndarray]:
+        def telling(rows: Int64[ndarray, " b"]) -> ndarray:
+            values = take(rows)
+            self.advance(len(rows))
+            return values
+
+        return telling
 
     def _field(self, name: str, column: Column) -> Field:
         m = self._snapshot.manifest.top_m or 1

@@ -2,40 +2,55 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from residual_memory.exchange.rows import Block
 from residual_memory.memory import Memory, require_empty
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.memory import begun
 from residual_memory.memory.storage import move, part_of
+from residual_memory.progress import progress_bar
 
 
-def made(path: str | os.PathLike[str] | None, manifest: Manifest, blocks: Iterable[Block]) -> Memory:
+def made(
+    path: str | os.PathLike[str] | None, manifest: Manifest, blocks: Iterable[Block], n_rows: int, doing: str
+) -> Memory:
     """A memory of which the manifest is true, with the rows of all blocks, open for writing.
 
     Parameters
     ----------
     path : a new or empty directory; None keeps the memory in RAM.
+    n_rows, doing : how many there are, and what is done with them, for the progress bar.
 
     Raises
     ------
     InvalidInput : if the path holds something already, or a block does not fit; nothing is there then.
     StorageFailure : if the disk refuses, likewise.
     """
-    rows = (block.arguments for block in blocks)
     if path is None:
         memory = begun(None, manifest)
-        memory.extend(rows)
+        _fill(memory, blocks, n_rows, doing)
         return memory
     require_empty(path)
     part = part_of(Path(path).absolute())
     try:
         with begun(part, manifest) as memory:
-            memory.extend(rows)
+            _fill(memory, blocks, n_rows, doing)
         move(part, Path(path))
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return Memory.open(path, writable=True)
+
+
+def _fill(memory: Memory, blocks: Iterable[Block], n_rows: int, doing: str) -> None:
+    with progress_bar(doing, n_rows) as advance:
+
+        def arguments() -> Iterator[dict[str, Any]]:
+            for block in blocks:
+                yield block.arguments
+                advance(len(block))
+
+        memory.extend(arguments())

@@ -69,7 +69,8 @@ def merge_memories(
     exported = [Exported(memory) for memory in memories]
     if ids == "keep":
         _check_ids(exported, names)
-    return made(path, _merged(manifests, ids), _blocks(exported, ids))
+    n_rows = sum(rows.n_rows for rows in exported)
+    return made(path, _merged(manifests, ids), _blocks(exported, ids), n_rows, "merging")
 
 
 def _merged(manifests: Sequence[Manifest], ids: str) -> Manifest:

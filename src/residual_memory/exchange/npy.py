@@ -29,11 +29,8 @@ def folder_rows(folder: Path) -> ColumnRows:
 
 def npz_rows(path: Path) -> ColumnRows:
     """The members of an .npz, compressed or not."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CorruptFile(f"{path} is not an .npz file: {error}; save it with numpy.savez") from None
+    with opened(str(path), partial(zipfile.ZipFile, path)) as archive:
+        members = {name.removesuffix(".npy") for name in archive.namelist()}
     columns = {name: _member(path, name) for name in needed(str(path), members)}
     manifest = _manifest(path) if DESCRIPTION in members else None
     return ColumnRows(str(path), columns, manifest)
@@ -52,7 +49,7 @@ def npy_file(path: Path) -> FileColumn:
 
 def _member(path: Path, name: str) -> FileColumn:
     column = _npy(f"{path}:{name}", partial(_open_member, path, f"{name}.npy"))
-    with zipfile.ZipFile(path) as archive:
+    with opened(column.name, partial(zipfile.ZipFile, path)) as archive:
         return _whole(column, archive.getinfo(f"{name}.npy").file_size)
 
 

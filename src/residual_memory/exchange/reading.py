@@ -12,10 +12,11 @@ from residual_memory.exchange.making import made
 from residual_memory.exchange.npy import folder_rows, npz_rows
 from residual_memory.exchange.rows import Block, Rows, task_of
 from residual_memory.exchange.safetensors import safetensors_rows
-from residual_memory.memory import Memory
+from residual_memory.memory import Memory, require_empty
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.memory import described
 from residual_memory.types import Metric, Task, TopM
+from residual_memory.validation import as_count
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".npz": npz_rows,
@@ -64,8 +65,8 @@ def import_memory(
     Parameters
     ----------
     file : .npz, .parquet, .arrow, .feather or .safetensors, or a folder of .npy files, with the columns keys, labels,
-        predictions (or indices, probabilities and rest), and perhaps ids and groups; Arrow and Parquet call them
-        label, id and group.
+        predictions (or indices, probabilities and rest), and perhaps ids and groups. In Arrow and Parquet, labels, ids
+        and groups are called label, id and group.
     path : a new or empty directory; None keeps the memory in RAM.
     task, metric, n_outputs, class_names, key_dtype, prediction_dtype : as in `Memory.create`; they count more than what
         the file says.
@@ -89,6 +90,8 @@ def import_memory(
     """
     rows = open_rows(file)
     rows.require("labels", "a memory")
+    if path is not None:
+        require_empty(path)
     asked = {
         "task": task,
         "metric": metric,
@@ -100,7 +103,7 @@ def import_memory(
     given = {name: value for name, value in asked.items() if value is not None}
     try:
         manifest = _foreign(rows, given) if rows.manifest is None else _ours(rows.manifest, given)
-        return made(path, manifest, rows.blocks())
+        return made(path, manifest, rows.blocks(), rows.n_rows, "importing")
     except InvalidInput as error:
         raise type(error)(str(error) if rows.name in str(error) else f"{rows.name}: {error}") from None
 
@@ -129,7 +132,7 @@ def _foreign(rows: Rows, given: dict[str, Any]) -> Manifest:
 
 def _n_outputs(block: Block, given: dict[str, Any]) -> int:
     if "n_outputs" in given:
-        return int(given["n_outputs"])
+        return as_count("n_outputs", given["n_outputs"])
     if "class_names" in given:
         return len(given["class_names"])
     if isinstance(block.predictions, TopM):

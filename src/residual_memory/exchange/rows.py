@@ -123,7 +123,9 @@ def block_of(first: int, values: Mapping[str, ndarray]) -> Block:
     """A block of the columns that `needed` named."""
     named = dict(values)
     if "indices" in named:
-        named["predictions"] = TopM(*(named.pop(name) for name in TOP_M))  # type: ignore[assignment]
+        indices, listed, rest = (named.pop(name) for name in TOP_M)
+        signed = indices.astype(np.int64) if indices.dtype.kind == "u" else indices
+        named["predictions"] = TopM(signed, listed, rest)  # type: ignore[assignment]
     return Block(first, **named)
 
 

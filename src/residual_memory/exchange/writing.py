@@ -13,6 +13,7 @@ from residual_memory.exchange.npy import write_npz
 from residual_memory.exchange.safetensors import write_safetensors
 from residual_memory.memory import Memory
 from residual_memory.memory.storage import whole_file
+from residual_memory.progress import progress_bar
 
 WRITERS: dict[str, Callable[[IO[bytes], Exported], None]] = {
     ".npz": write_npz,
@@ -58,7 +59,8 @@ def export_memory(memory: Memory, path: str | os.PathLike[str], *, overwrite: bo
     target = Path(path)
     write = writer_for(target, overwrite=overwrite)
     exported = Exported(memory)
-    with whole_file(target) as file:
+    with whole_file(target) as file, progress_bar("exporting", exported.n_rows * len(exported.fields)) as advance:
+        exported.advance = advance
         write(file, exported)
     return exported.n_rows
 
@@ -78,5 +80,5 @@ def writer_for(target: Path, *, overwrite: bool) -> Callable[[IO[bytes], Exporte
     if not target.absolute().parent.is_dir():
         raise InvalidInput(f"{target} cannot be written: there is no folder {target.absolute().parent}; make it first")
     if target.is_dir() or (target.exists() and not overwrite):
-        raise InvalidInput(f"{target} is there already; name another file, or overwrite this one (overwrite=True)")
+        raise InvalidInput(f"{target} is there already; name another file, or ask to overwrite it")
     return WRITERS[suffix]

@@ -503,7 +503,7 @@ class Memory:
         checked = as_predictions(predictions, layout.task, layout.n_outputs)
         if len(checked) != len(new_keys):
             raise DimensionMismatch(f"there are {len(checked):,} predictions for {len(new_keys):,} keys")
-        top_m = (manifest or self._snapshot.manifest).top_m
+        top_m = (self._snapshot.manifest if manifest is None else manifest).top_m
         if isinstance(checked, TopM):
             m = checked.indices.shape[1]
             if top_m not in (None, m):
@@ -519,7 +519,7 @@ class Memory:
         return table, top_m
 
     def _new_ids(self, ids: ArrayLike | None, n: int, manifest: Manifest | None = None) -> ndarray:
-        manifest = manifest or self._snapshot.manifest
+        manifest = self._snapshot.manifest if manifest is None else manifest
         if ids is None:
             if manifest.id_kind == "string":
                 raise InvalidInput("the memory's ids are strings, so it cannot give ids by itself; pass ids=")
@@ -541,7 +541,7 @@ class Memory:
         return new
 
     def _check_groups(self, groups: ArrayLike | None, n: int, manifest: Manifest | None = None) -> str | None:
-        manifest = manifest or self._snapshot.manifest
+        manifest = self._snapshot.manifest if manifest is None else manifest
         kind = None if groups is None else _kind(as_ids(groups, n, name="groups"))
         if manifest.id_kind is not None and kind != manifest.group_kind:
             raise InvalidInput(
