@@ -17,10 +17,7 @@ def three(kind: str, tmp_path: Path, **options: Any) -> list[Memory]:
     """In RAM and on disk, of different sizes."""
     sizes = ((40, 0), (25, 100), (30, 200))
     places = (None, tmp_path / "second", None)
-    return [
-        kept(kind, place, n=n, first=first, **options)
-        for (n, first), place in zip(sizes, places, strict=True)
-    ]
+    return [kept(kind, place, n=n, first=first, **options) for (n, first), place in zip(sizes, places, strict=True)]
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["integers", "text"])
@@ -77,7 +74,11 @@ def test_an_id_that_was_forgotten_is_no_collision() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
-        ({"key_dtype": "float16"}, InvalidInput, "memory 2 in RAM has key_dtype 'float16', but memory 1 in RAM has 'fl"),
+        (
+            {"key_dtype": "float16"},
+            InvalidInput,
+            "memory 2 in RAM has key_dtype 'float16', but memory 1 in RAM has 'fl",
+        ),
         ({"prediction_dtype": "float32"}, InvalidInput, "has prediction_dtype 'float32'"),
         ({"metric": "cosine"}, InvalidInput, "has metric 'cosine'"),
         ({"n_outputs": 5}, DimensionMismatch, "has n_outputs 5"),

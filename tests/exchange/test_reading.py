@@ -228,6 +228,22 @@ def test_keys_of_another_width_than_the_description_says_are_refused(tmp_path: P
         rm.import_memory(tmp_path / "rows.npz")
 
 
+def test_keys_of_length_1_are_taken_as_they_are_and_no_others(tmp_path: Path) -> None:
+    problem = classification()
+    memory = memory_of(problem.rows([]), metric="cosine", prediction_dtype="float32")
+    memory.append(problem.keys.astype(np.float16), problem.labels, problem.predictions)  # of length 1 within 1e-3
+    rm.export_memory(memory, tmp_path / "rows.npz")
+    assert_same(rm.import_memory(tmp_path / "rows.npz"), memory)
+    assert_same(rm.merge_memories([memory]), memory)
+    with np.load(tmp_path / "rows.npz") as arrays:
+        data = dict(arrays)
+    data["keys"][7] *= 3
+    np.savez(tmp_path / "rows.npz", **data)
+    with pytest.raises(InvalidInput, match=r"rows.npz: .*keys\[7\] has length 3, expected 1"):
+        rm.import_memory(tmp_path / "rows.npz")
+    assert rm.import_memory(tmp_path / "rows.npz", metric="euclidean").layout.metric == "euclidean"
+
+
 def test_places_that_cannot_be_are_refused(tmp_path: Path) -> None:
     rm.export_memory(kept("dense"), tmp_path / "rows.npz")
     with pytest.raises(DataNotFound, match="there is no file"):

@@ -131,9 +131,7 @@ def test_a_memory_that_is_changed_meanwhile_refuses(problem: Problem, place: Pat
     assert len(memory) == 59
 
 
-def test_a_disk_that_refuses_leaves_nothing(
-    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_refuses_leaves_nothing(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_module, "SEGMENT_BYTES", 1)
     memory_of(problem, tmp_path / "memory").close()
     shutil.copytree(tmp_path / "memory", tmp_path / "copy")

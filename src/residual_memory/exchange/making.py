@@ -11,33 +11,45 @@ from residual_memory.memory import Memory, require_empty
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.memory import begun
 from residual_memory.memory.storage import move, part_of
-from residual_memory.progress import progress_bar
+from residual_memory.progress import Advance, progress_bar
 
 
 def made(
-    path: str | os.PathLike[str] | None, manifest: Manifest, blocks: Iterable[Block], n_rows: int, doing: str
+    path: str | os.PathLike[str] | None,
+    manifest: Manifest,
+    blocks: Iterable[Block],
+    *,
+    as_stored: bool,
+    n_rows: int,
+    doing: str,
 ) -> Memory:
     """A memory of which the manifest is true, with the rows of all blocks, open for writing.
 
     Parameters
     ----------
     path : a new or empty directory; None keeps the memory in RAM.
-    n_rows, doing : how many there are, and what is done with them, for the progress bar.
+    as_stored : whether the rows come from a memory of this metric.
+    n_rows, doing : how many rows there are, and what is done with them, for the progress bar.
 
     Raises
     ------
     InvalidInput : if the path holds something already, or a block does not fit; nothing is there then.
     StorageFailure : if the disk refuses, likewise.
     """
+
+    def fill(memory: Memory) -> None:
+        with progress_bar(doing, n_rows) as advance:
+            memory.extend(_arguments(blocks, advance), as_stored=as_stored)
+
     if path is None:
         memory = begun(None, manifest)
-        _fill(memory, blocks, n_rows, doing)
+        fill(memory)
         return memory
     require_empty(path)
     part = part_of(Path(path).absolute())
     try:
         with begun(part, manifest) as memory:
-            _fill(memory, blocks, n_rows, doing)
+            fill(memory)
         move(part, Path(path))
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -45,12 +57,7 @@ def made(
     return Memory.open(path, writable=True)
 
 
-def _fill(memory: Memory, blocks: Iterable[Block], n_rows: int, doing: str) -> None:
-    with progress_bar(doing, n_rows) as advance:
-
-        def arguments() -> Iterator[dict[str, Any]]:
-            for block in blocks:
-                yield block.arguments
-                advance(len(block))
-
-        memory.extend(arguments())
+def _arguments(blocks: Iterable[Block], advance: Advance) -> Iterator[dict[str, Any]]:
+    for block in blocks:
+        yield block.arguments
+        advance(len(block))

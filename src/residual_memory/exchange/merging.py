@@ -70,7 +70,8 @@ def merge_memories(
     if ids == "keep":
         _check_ids(exported, names)
     n_rows = sum(rows.n_rows for rows in exported)
-    return made(path, _merged(manifests, ids), _blocks(exported, ids), n_rows, "merging")
+    blocks = _blocks(exported, ids)
+    return made(path, _merged(manifests, ids), blocks, as_stored=True, n_rows=n_rows, doing="merging")
 
 
 def _merged(manifests: Sequence[Manifest], ids: str) -> Manifest:

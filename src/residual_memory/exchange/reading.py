@@ -103,7 +103,8 @@ def import_memory(
     given = {name: value for name, value in asked.items() if value is not None}
     try:
         manifest = _foreign(rows, given) if rows.manifest is None else _ours(rows.manifest, given)
-        return made(path, manifest, rows.blocks(), rows.n_rows, "importing")
+        as_stored = rows.manifest is not None and rows.manifest.layout.metric == manifest.layout.metric
+        return made(path, manifest, rows.blocks(), as_stored=as_stored, n_rows=rows.n_rows, doing="importing")
     except InvalidInput as error:
         raise type(error)(str(error) if rows.name in str(error) else f"{rows.name}: {error}") from None
 

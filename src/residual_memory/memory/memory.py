@@ -55,7 +55,7 @@ from residual_memory.memory.saved import (
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import LOCK, PART, Directory, FileRecord
 from residual_memory.types import Metric, Task, TopM
-from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions
+from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions, as_unit_keys
 
 SEGMENT_BYTES = 64 << 20  # compaction and builders write segments of about this size
 MERGE_BYTES = 32 << 20  # small appends are merged up to this size, so that a memory has few files
@@ -331,7 +331,7 @@ class Memory:
             self._commit_rows(kept, [merged], id_kind=id_kind, group_kind=group_kind, next_id=next_id, top_m=top_m)
             return new_ids
 
-    def extend(self, blocks: Iterable[Mapping[str, Any]]) -> int:
+    def extend(self, blocks: Iterable[Mapping[str, Any]], *, as_stored: bool = False) -> int:
         """Add the rows of many blocks in one step: all of them, or none.
 
         Rows are written as they come, in segments of about `SEGMENT_BYTES`; only ids are held in RAM.
@@ -339,6 +339,8 @@ class Memory:
         Parameters
         ----------
         blocks : each with the arguments of `append` by name. Ids are unique over all blocks.
+        as_stored : the keys come from a memory of this metric: under "cosine" they have length 1 already, and are kept
+            to the last bit.
 
         Returns
         -------
@@ -352,7 +354,7 @@ class Memory:
         with self._changing:
             self._require_writable()
             before = self._snapshot
-            stream = _Stream(self, before.manifest)
+            stream = _Stream(self, before.manifest, as_stored)
             tables = _in_segments(stream.tables(blocks))
             first = next(tables, None)
             if first is None:
@@ -491,6 +493,7 @@ class Memory:
         labels: ArrayLike,
         predictions: "ArrayLike | TopM",
         manifest: Manifest | None = None,
+        as_stored: bool = False,
     ) -> tuple[dict[str, ndarray], int | None]:
         layout = self.layout
         if isinstance(predictions, TopM) != (layout.residuals == "top-m"):
@@ -498,7 +501,8 @@ class Memory:
             raise InvalidInput(
                 f"predictions are {type(predictions).__name__}, but residuals={layout.residuals!r} takes {wanted}"
             )
-        new_keys = as_keys(keys, layout.dim, metric=layout.metric)
+        unit = as_stored and layout.metric == "cosine"
+        new_keys = as_unit_keys(keys, layout.dim) if unit else as_keys(keys, layout.dim, metric=layout.metric)
         table = {"keys": new_keys, "labels": as_labels(labels, layout.task, layout.n_outputs, len(new_keys))}
         checked = as_predictions(predictions, layout.task, layout.n_outputs)
         if len(checked) != len(new_keys):
@@ -648,10 +652,11 @@ class _Stream:
     ----------
     memory : whose rows they become.
     manifest : of the memory before them; what the blocks settle is noted in it.
+    as_stored : whether the keys are kept as they are.
     """
 
-    def __init__(self, memory: Memory, manifest: Manifest) -> None:
-        self._memory, self._manifest = memory, manifest
+    def __init__(self, memory: Memory, manifest: Manifest, as_stored: bool) -> None:
+        self._memory, self._manifest, self._as_stored = memory, manifest, as_stored
         self._ids: list[ndarray] = []
         self.n_rows = 0
 
@@ -688,7 +693,7 @@ class _Stream:
         groups: ArrayLike | None = None,
     ) -> dict[str, ndarray]:
         memory, manifest = self._memory, self._manifest
-        table, top_m = memory._validated(keys, labels, predictions, manifest)
+        table, top_m = memory._validated(keys, labels, predictions, manifest, self._as_stored)
         n = len(table["keys"])
         table["ids"] = memory._new_ids(ids, n, manifest).copy()
         group_kind = memory._check_groups(groups, n, manifest)
