@@ -62,8 +62,8 @@ def test_keys_keep_their_precision(dtype: type) -> None:
 @pytest.mark.parametrize("kept", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("d", [1, 3, 64, 2_048])
 def test_keys_of_length_1_that_were_stored_are_left_as_they_are(dtype: type, kept: type, d: int) -> None:
-    keys = np.random.default_rng(d).normal(size=(500, d)).astype(dtype)
-    once = as_keys(keys, metric="cosine").astype(kept)
+    keys: ndarray = np.random.default_rng(d).normal(size=(500, d)).astype(dtype)
+    once: ndarray = as_keys(keys, metric="cosine").astype(kept)
     again = as_unit_keys(once, d)
     assert again.dtype == kept
     assert (again == once).all()

@@ -51,9 +51,7 @@ def as_unit_keys(keys: ArrayLike, dim: int | None = None) -> Float[ndarray, "b d
     norms = np.sqrt(np.einsum("bd,bd->b", array, array, dtype=np.float64))
     if len(norms) and (worst := np.abs(norms - 1)).max() > LENGTH_TOLERANCE:
         row = int(worst.argmax())
-        raise InvalidInput(
-            f"keys[{row}] has length {norms[row]:.6g}, expected 1: a memory of metric 'cosine' gave them"
-        )
+        raise InvalidInput(f"keys[{row}] has length {norms[row]:.4g}, expected 1, as metric='cosine' stores keys")
     return array
 
 
