@@ -17,6 +17,7 @@ from residual_memory.validation import (
     as_positive,
     as_predictions,
     as_probabilities,
+    as_unit_keys,
     as_values,
 )
 
@@ -55,6 +56,23 @@ def test_a_wrong_width_of_keys_names_both_widths_and_the_likely_cause() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_keys_keep_their_precision(dtype: type) -> None:
     assert as_keys(np.ones((2, 2), dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("kept", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("d", [1, 3, 64, 2_048])
+def test_keys_of_length_1_that_were_stored_are_left_as_they_are(dtype: type, kept: type, d: int) -> None:
+    keys: ndarray = np.random.default_rng(d).normal(size=(500, d)).astype(dtype)
+    once: ndarray = as_keys(keys, metric="cosine").astype(kept)
+    again = as_unit_keys(once, d)
+    assert again.dtype == kept
+    assert (again == once).all()
+
+
+def test_keys_of_another_length_are_refused_where_length_1_is_promised() -> None:
+    with pytest.raises(InvalidInput, match=r"keys\[1\] has length 2, expected 1"):
+        as_unit_keys([[0.0, 1.0], [2.0, 0.0]], 2)
+    assert as_unit_keys(np.zeros((0, 2)), 2).shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint64, np.bool_])

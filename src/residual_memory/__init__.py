@@ -15,6 +15,9 @@ from residual_memory._version import __version__
 if TYPE_CHECKING:
     from residual_memory.correction import ResidualKNN, correct, to_probabilities
     from residual_memory.evaluation import Evaluation, Setting, evaluate
+    from residual_memory.exchange.merging import merge_memories
+    from residual_memory.exchange.reading import import_memory
+    from residual_memory.exchange.writing import export_memory
     from residual_memory.explanation import Explanation, explain
     from residual_memory.gate import Gate
     from residual_memory.language import LanguageSetting, LanguageTuning, TokenScores
@@ -40,6 +43,9 @@ _ROOMS = {
     "ResidualKNN": "correction",
     "correct": "correction",
     "to_probabilities": "correction",
+    "export_memory": "exchange.writing",
+    "import_memory": "exchange.reading",
+    "merge_memories": "exchange.merging",
     "Explanation": "explanation",
     "explain": "explanation",
     "Gate": "gate",
@@ -105,8 +111,11 @@ __all__ = [
     "errors",
     "evaluate",
     "explain",
+    "export_memory",
     "exportable",
+    "import_memory",
     "key_choices",
+    "merge_memories",
     "observe",
     "temper",
     "to_probabilities",

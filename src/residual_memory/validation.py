@@ -18,6 +18,7 @@ from residual_memory.types import Metric, Task, TopM
 LARGEST_VALUE = 1e15  # its square times any width still fits float32, so no distance overflows
 HALF_MAGNITUDE, HALF_INFINITY = np.uint16(0x7FFF), 0x7C00  # bits of a half without its sign; those of infinity
 SUM_TOLERANCE = 2e-3  # of probabilities kept in half precision
+LENGTH_TOLERANCE = 2e-3  # of keys of length 1 kept in half precision
 
 
 def as_keys(
@@ -42,6 +43,16 @@ def _unit_length(array: Float[ndarray, "b d"], name: str) -> Float[ndarray, "b d
         row = int(norms.argmin())
         raise InvalidInput(f"{name}[{row}] is zero, which has no direction: metric='cosine' cannot place it")
     return (wide / norms[:, None]).astype(array.dtype)
+
+
+def as_unit_keys(keys: ArrayLike, dim: int | None = None) -> Float[ndarray, "b d"]:
+    """Keys that have length 1 already, as near as half precision can say, to the last bit as they are."""
+    array = as_keys(keys, dim)
+    norms = np.sqrt(np.einsum("bd,bd->b", array, array, dtype=np.float64))
+    if len(norms) and (worst := np.abs(norms - 1)).max() > LENGTH_TOLERANCE:
+        row = int(worst.argmax())
+        raise InvalidInput(f"keys[{row}] has length {norms[row]:.4g}, expected 1, as metric='cosine' stores keys")
+    return array
 
 
 def as_probabilities(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import residual_memory as rm
-from residual_memory.cli.data import Block, NpyRows, ParquetRows
+from residual_memory.exchange import Block, open_rows
+from residual_memory.exchange.columns import ColumnRows
 from tests.cli.workshop import Columns, as_folder, as_npz, as_parquet, columns, done, regression, resmem
 
 FORMS: dict[str, tuple[str, Callable[[Path, Columns], Path]]] = {
@@ -46,12 +47,7 @@ def test_blocks_begin_at_any_row(tmp_path: Path, form: str, first: int, size: in
     name, save = FORMS[form]
     data = columns(400)
     path = save(tmp_path / name, data)
-    readers: dict[str, Callable[[Path], Any]] = {
-        "npz": NpyRows.of_npz,
-        "folder": NpyRows.of_folder,
-        "parquet": ParquetRows,
-    }
-    blocks = list(readers[form](path).blocks(first=first, size=size))
+    blocks = list(open_rows(path).blocks(first=first, size=size))
     assert [block.first for block in blocks] == list(first + np.cumsum([0, *map(len, blocks)])[:-1])
     found = np.concatenate([np.zeros((0, 6), np.float32), *(block.keys for block in blocks)])
     np.testing.assert_array_equal(found, data["keys"][first:])
@@ -163,15 +159,15 @@ def test_string_ids_go_in_and_out(here: Path) -> None:
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes the next passes over an .npz stop after 3 blocks of 50 rows, as Ctrl-C does."""
-    whole = NpyRows.blocks
+    whole = ColumnRows.blocks
 
-    def blocks(self: NpyRows, *, first: int = 0, size: int | None = None) -> Iterator[Block]:
+    def blocks(self: ColumnRows, *, first: int = 0, size: int | None = None) -> Iterator[Block]:
         for number, block in enumerate(whole(self, first=first, size=size or 50)):
             if number == 3:
                 raise KeyboardInterrupt
             yield block
 
-    return lambda: monkeypatch.setattr(NpyRows, "blocks", blocks)
+    return lambda: monkeypatch.setattr(ColumnRows, "blocks", blocks)
 
 
 def test_an_interrupted_build_goes_on(

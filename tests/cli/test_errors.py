@@ -47,7 +47,7 @@ TYPOS: list[tuple[tuple[str, ...], str]] = [
     (("build", "new", "--data", "net:train", "--model", "net:make_modl"), "did you mean 'net:make_model'?"),
     (("build", "new", "--data", "net:trian", *MODEL), "did you mean 'net:train'?"),
     (("build", "new", "--data", "net:train", *MODEL, "--predictions", "flods.npy"), "did you mean 'folds.npy'?"),
-    (("build", "new", "--data", "net.py"), "expected .npz or .parquet"),
+    (("build", "new", "--data", "net.py"), "expected .npz, .parquet, .arrow"),
     (("build", "new", "--data", "names.txt"), "add --model, a folder or MODULE:NAME"),
     (("evaluate", "mem", "--data", "held.npz", "--bandwidth", "atuo"), "expected a number above 0 or 'auto'"),
     (("evaluate", "mem", "--data", "held.npz", "--bandwidth", "-1"), "expected a number above 0"),

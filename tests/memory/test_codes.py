@@ -9,6 +9,7 @@ from numpy import ndarray
 from residual_memory.memory.codes import BLOCK, LOG_SCALES, LogScale
 from residual_memory.residuals import dense, top_m
 from residual_memory.types import TopM
+from residual_memory.validation import SUM_TOLERANCE
 from tests.problems import classification, memory_of, softmax
 
 scales = st.sampled_from(sorted(LOG_SCALES)).map(LOG_SCALES.__getitem__)
@@ -55,6 +56,19 @@ def test_decoded_rows_sum_to_one_in_single_precision(seed: int, scale: LogScale)
     listed, rest = back(scale, rows(seed))
     assert listed.dtype == rest.dtype == np.float32
     np.testing.assert_allclose(listed.sum(axis=1, dtype=np.float64) + rest, 1, atol=5e-7)
+
+
+@given(seed=seeds, scale=scales, off=st.floats(-1.9e-3, 1.9e-3))
+def test_what_goes_out_gives_the_same_codes_and_is_taken_again(seed: int, scale: LogScale, off: float) -> None:
+    """Also of rows whose sum is as far from 1 as a memory takes: there a decoded value may be another code's."""
+    kept = rows(seed)
+    codes, rest = scale.encoded(kept.probabilities * (1 + off)), scale.encoded(kept.rest * (1 + off))
+    listed, left = scale.portable(codes, rest)
+    assert listed.dtype == left.dtype == np.float32
+    assert (scale.encoded(listed) == codes).all()
+    assert (scale.encoded(left) == rest).all()
+    assert np.abs(listed.sum(axis=1, dtype=np.float64) + left - 1).max() <= SUM_TOLERANCE
+    np.testing.assert_allclose(listed, scale.decoded(codes, rest)[0], rtol=2.1e-3)
 
 
 @given(seed=seeds, scale=scales)

@@ -12,8 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from residual_memory.errors import CorruptFile, ResidualMemoryError, UnsupportedFormat
-from residual_memory.memory import Memory, verify
-from residual_memory.memory import memory as memory_module
+from residual_memory.memory import Memory, segments, verify
 from residual_memory.memory.format import decoded_strings, encoded_strings
 from tests.problems import LAYOUTS, Problem, classification, empty_memory, in_plain_python, memory_of, regression, told
 
@@ -255,7 +254,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(home: Path) -> None:
 def test_swapped_segments_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Body) -> None:
     path = tmp_path / "memory"
     problem = classification(n=4)
-    monkeypatch.setattr(memory_module, "MERGE_BYTES", 0)
+    monkeypatch.setattr(segments, "MERGE_BYTES", 0)
     with memory_of(problem, path, **options) as memory:
         memory.append(problem.keys, problem.labels, told(memory, problem))
     names = [entry["file"]["name"] for entry in body_of(path)["segments"]]

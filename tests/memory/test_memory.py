@@ -25,8 +25,7 @@ from residual_memory.errors import (
     ReadOnlyMemory,
     UnknownId,
 )
-from residual_memory.memory import Memory, verify
-from residual_memory.memory import memory as memory_module
+from residual_memory.memory import Memory, segments, verify
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.residuals import top_m
 from residual_memory.types import TopM
@@ -136,7 +135,7 @@ def test_many_small_appends_make_few_segments(problem: Problem, place: Path | No
 
 
 def test_small_segments_are_not_joined_beyond_their_limit(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_module, "MERGE_BYTES", 0)
+    monkeypatch.setattr(segments, "MERGE_BYTES", 0)
     memory = empty_memory(problem)
     for row in range(5):
         grow(memory, problem, [row])
@@ -277,11 +276,11 @@ def test_the_last_class_of_a_top_m_memory_is_kept(place: Path | None, n_outputs:
 
 
 @pytest.mark.parametrize("prediction_dtype", ["float16", "float32", "float64", "log8", "log16"])
-@pytest.mark.parametrize("merged", [0, memory_module.MERGE_BYTES])
+@pytest.mark.parametrize("merged", [0, segments.MERGE_BYTES])
 def test_top_m_rows_come_in_the_shape_that_was_asked_for(
     problem: Problem, monkeypatch: pytest.MonkeyPatch, prediction_dtype: str, merged: int
 ) -> None:
-    monkeypatch.setattr(memory_module, "MERGE_BYTES", merged)
+    monkeypatch.setattr(segments, "MERGE_BYTES", merged)
     memory = memory_of(problem, residuals="top-m", prediction_dtype=prediction_dtype)
     grow(memory, problem, slice(0, 10))
     rows = np.array([[[0, 69, 3]], [[65, 65, 1]]])
@@ -379,7 +378,7 @@ def test_compaction_splits_into_segments_of_the_wanted_size(
     problem: Problem, place: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = memory_of(problem, place)
-    monkeypatch.setattr(memory_module, "SEGMENT_BYTES", 20 * memory.n_bytes // 60)
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 20 * memory.n_bytes // 60)
     memory.forget([0])
     memory.compact()
     assert len(memory.snapshot.tables) >= 3

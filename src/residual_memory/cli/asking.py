@@ -15,13 +15,14 @@ from jaxtyping import Float, Int64, Shaped
 from numpy import ndarray
 
 from residual_memory.cli import options
-from residual_memory.cli.data import Block, Reading, Rows, open_rows
+from residual_memory.cli.data import Reading, rows_for
 from residual_memory.cli.measuring import saved_setting
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs
 from residual_memory.cli.output import report, shown, table
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
+from residual_memory.exchange import Block, Rows
 from residual_memory.explanation import Explanation
 from residual_memory.explanation import explain as explanation_of
 from residual_memory.memory import Memory
@@ -52,7 +53,7 @@ def predict(
         _check_out(out)
     memory = options.open_memory(path)
     options.check_index(index, memory.layout.dim)
-    rows = open_rows(data, memory, Reading(model, outputs, batch_size, image_size), labelled=False)
+    rows = rows_for(data, memory, Reading(model, outputs, batch_size, image_size), labelled=False)
     setting = saved_setting(memory)
     knn = setting.knn(memory, index=index)
     sink: _Sink = _Listed(memory, n_top, None if as_json else SHOWN_ROWS)
@@ -98,7 +99,7 @@ class _Answer:
 
 
 def _answered(block: Block, knn: ResidualKNN, setting: Setting) -> _Answer:
-    said = block.predictions.astype(np.float32) if block.predictions.dtype == np.float16 else block.predictions
+    said = block.whole.astype(np.float32) if block.whole.dtype == np.float16 else block.whole
     return _Answer(block.row_ids, said, setting.predict(knn, block.keys, said))
 
 
@@ -291,11 +292,11 @@ def explain(
     memory = options.open_memory(path)
     layout = memory.layout
     options.check_index(index, layout.dim)
-    rows = open_rows(data, memory, Reading(model, outputs, image_size=image_size), labelled=False)
+    rows = rows_for(data, memory, Reading(model, outputs, image_size=image_size), labelled=False)
     block = rows.checked(_row(rows, row), layout.task, layout.n_outputs, layout.dim)
     setting = saved_setting(memory)
     knn = setting.knn(memory, index=index)
-    base = setting.tempered(block.predictions, layout.task)
+    base = setting.tempered(block.whole, layout.task)
     shares = {"shrinkage": setting.shrinkage, "residual_share": setting.residual_share}
     found = explanation_of(knn, block.keys, base, **shares)
     answer = _answered(block, knn, setting)

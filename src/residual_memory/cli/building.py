@@ -11,7 +11,7 @@ import typer
 from numpy import ndarray
 
 from residual_memory.cli import options
-from residual_memory.cli.data import Block, NpyColumn, Reading, Rows, batch_of, open_data, open_rows
+from residual_memory.cli.data import Reading, batch_of, open_data, rows_for
 from residual_memory.cli.images import ImageFolder
 from residual_memory.cli.loading import FITTING, Examples, as_torch_dataset, load_model, user_code
 from residual_memory.cli.options import (
@@ -32,12 +32,15 @@ from residual_memory.cli.options import (
 from residual_memory.cli.output import note, report, size_text
 from residual_memory.cli.text import POST_ATTENTION, TextReading, autocast_named, reading
 from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput, ResidualMemoryError
+from residual_memory.exchange import Rows
+from residual_memory.exchange.npy import npy_file
+from residual_memory.exchange.rows import task_of
 from residual_memory.memory import Memory
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.memory.format import MANIFEST, Layout
 from residual_memory.models.base import Side, fill, warn_if_in_sample
 from residual_memory.progress import progress_bar
-from residual_memory.types import Metric, Observations, Task
+from residual_memory.types import Metric, Observations, Task, TopM
 from residual_memory.validation import as_count, as_fraction, as_keys
 from residual_memory.windows import TextFile
 
@@ -157,7 +160,7 @@ def build(
         chosen(
             "--prediction-dtype",
             prediction_dtype or ("log8" if is_text else "float32"),
-            (*options.DTYPES, *(LOG_SCALES if is_text else ())),
+            (*options.DTYPES, *(LOG_SCALES if is_text or getattr(found, "top_m", False) else ())),
         ),
     )
     other = None if held_out is None else open_data(held_out, image_size=image_size, class_names=_classes_of(found))
@@ -293,7 +296,7 @@ def _same_kind(found: Any, other: Any, name: str | None) -> Any:
 def _npy(path: Path) -> ndarray:
     if not path.is_file():
         raise DataNotFound(f"there is no file {path}{options.similar(path)}")
-    return NpyColumn(str(path), lambda: open(path, "rb")).read()
+    return npy_file(path).read()
 
 
 # ---------------------------------------------------------------------- from text
@@ -336,15 +339,18 @@ def _from_arrays(path: Path, rows: Rows, kept: _Kept, held_out: Rows | None) -> 
     first = next(rows.blocks(size=1_000), None)
     if first is None:
         raise InvalidInput(f"{rows.name} holds no rows: there is nothing to memorize")
-    task = kept.task or _task_of(first)
-    first = rows.checked(first, task, kept.n_outputs)
-    n_outputs = kept.n_outputs or first.predictions.shape[1]
-    layout = Layout(first.keys.shape[1], n_outputs, task, kept.metric, "dense", kept.key_dtype, kept.prediction_dtype)
+    task, n_outputs = kept.task or task_of(first), kept.n_outputs
+    if rows.top_m and rows.manifest is not None:
+        n_outputs = n_outputs or rows.manifest.layout.n_outputs
+    first = rows.checked(first, task, n_outputs)
+    n_outputs = n_outputs or first.whole.shape[1]
+    residuals = "top-m" if rows.top_m else "dense"
+    layout = Layout(first.keys.shape[1], n_outputs, task, kept.metric, residuals, kept.key_dtype, kept.prediction_dtype)
     memory = _opened(path, layout, kept, rows)
     losses: list[float] = []
     try:
         with progress_bar("building", rows.n_rows, done=min(len(memory), rows.n_rows)) as advance:
-            fill(memory, _measured(_observations(rows, memory, skip_held=True), task, losses, advance))
+            fill(memory, _measured(_observations(rows, memory, skip_held=True), layout, losses, advance))
         if losses:
             other = None if held_out is None else _mean_loss(held_out, layout)
             warn_if_in_sample(float(np.mean(losses)), other, 1e-2 if task == "classification" else 0.0)
@@ -363,6 +369,7 @@ def _opened(path: Path, layout: Layout, kept: _Kept, rows: Rows) -> Memory:
             n_outputs=layout.n_outputs,
             task=layout.task,
             metric=layout.metric,
+            residuals=cast(Literal["dense", "top-m"], layout.residuals),
             class_names=kept.class_names,
             key_dtype=layout.key_dtype,
             prediction_dtype=layout.prediction_dtype,
@@ -381,7 +388,7 @@ def _check_begun(memory: Memory, layout: Layout, rows: Rows) -> None:
     path, snapshot = memory.path, memory.snapshot
     if memory.source is not None:
         raise FingerprintMismatch(f"{path} holds a memory that was built from a model; name another path")
-    for name in ("dim", "n_outputs", "task", "metric", "key_dtype", "prediction_dtype"):
+    for name in vars(layout):
         was, now = getattr(memory.layout, name), getattr(layout, name)
         if was != now:
             raise FingerprintMismatch(
@@ -398,12 +405,6 @@ def _check_begun(memory: Memory, layout: Layout, rows: Rows) -> None:
         break
     if len(memory):
         note(f"going on after {len(memory):,} rows that {path} holds already")
-
-
-def _task_of(block: Block) -> Literal["classification", "regression"]:
-    labels = cast(ndarray, block.labels)
-    wide = block.predictions.ndim == 2 and block.predictions.shape[1] > 1
-    return "classification" if labels.dtype.kind in "iu" and labels.ndim == 1 and wide else "regression"
 
 
 def _observations(
@@ -429,22 +430,39 @@ def _observations(
         if fresh.any():
             groups = None if block.groups is None else block.groups[fresh]
             labels = cast(ndarray, block.labels)[fresh]
-            yield Observations(ids[fresh], block.keys[fresh], labels, block.predictions[fresh], groups)
+            yield Observations(ids[fresh], block.keys[fresh], labels, _taken(block.predictions, fresh), groups)
 
 
-def _measured(batches: Iterator[Observations], task: Task, losses: list[float], advance: Any) -> Iterator[Observations]:
+def _taken(predictions: ndarray | TopM, rows: ndarray) -> ndarray | TopM:
+    if isinstance(predictions, TopM):
+        return TopM(predictions.indices[rows], predictions.probabilities[rows], predictions.rest[rows])
+    return predictions[rows]
+
+
+def _measured(
+    batches: Iterator[Observations], layout: Layout, losses: list[float], advance: Any
+) -> Iterator[Observations]:
     """The same batches, the base's mean loss on each being noted on the way."""
     for batch in batches:
-        losses.append(_loss(cast(ndarray, batch.predictions), batch.labels, task))
+        losses.append(_loss(batch.predictions, batch.labels, layout))
         yield batch
         advance(len(batch))
 
 
-def _loss(predictions: ndarray, labels: ndarray, task: Task) -> float:
-    said = predictions.astype(np.float64)
-    if task == "classification":
-        return float(-np.log(np.maximum(said[np.arange(len(said)), labels], 1e-12)).mean())
+def _loss(predictions: ndarray | TopM, labels: ndarray, layout: Layout) -> float:
+    if layout.task == "classification":
+        return float(-np.log(np.maximum(_chances(predictions, labels, layout.n_outputs), 1e-12)).mean())
+    said = cast(ndarray, predictions).astype(np.float64)
     return float(((said - labels.reshape(said.shape)) ** 2).mean())
+
+
+def _chances(predictions: ndarray | TopM, labels: ndarray, n_outputs: int) -> ndarray:
+    """The base's probability of each label; classes that a top-m row does not list share what is left."""
+    if not isinstance(predictions, TopM):
+        return predictions[np.arange(len(predictions)), labels].astype(np.float64)
+    listed = predictions.indices == labels[:, None]
+    spread = predictions.rest.astype(np.float64) / max(n_outputs - predictions.indices.shape[1], 1)
+    return np.where(listed.any(axis=1), np.where(listed, predictions.probabilities, 0).sum(axis=1), spread)
 
 
 def _mean_loss(rows: Rows, layout: Layout) -> float:
@@ -452,7 +470,7 @@ def _mean_loss(rows: Rows, layout: Layout) -> float:
     total, n = 0.0, 0
     for raw in rows.blocks():
         block = rows.checked(raw, layout.task, layout.n_outputs, layout.dim)
-        total += len(block) * _loss(block.predictions, cast(ndarray, block.labels), layout.task)
+        total += len(block) * _loss(block.predictions, cast(ndarray, block.labels), layout)
         n += len(block)
     return total / max(n, 1)
 
@@ -477,7 +495,7 @@ def add(
     Rows keep the ids of the data; where these have none, the memory gives new ones.
     """
     with options.open_memory(path, writable=True) as memory:
-        rows = open_rows(data, memory, Reading(model, outputs, batch_size, image_size))
+        rows = rows_for(data, memory, Reading(model, outputs, batch_size, image_size), top_m=True)
         if first_row > rows.n_rows:
             raise InvalidInput(f"--first-row is {first_row:,}, but {data} has {rows.n_rows:,} rows")
         before, next_id = len(memory), memory.snapshot.manifest.next_id

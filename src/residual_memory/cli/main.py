@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from residual_memory._version import __version__
-from residual_memory.cli import asking, building, demo, keeping, measuring
+from residual_memory.cli import asking, building, demo, exchanging, keeping, measuring
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
@@ -84,12 +84,17 @@ _PANELS = {
     "Make and measure": (building.build, measuring.tune, measuring.evaluate),
     "Use": (asking.predict, asking.explain),
     "Keep": (building.add, keeping.forget, keeping.compact, keeping.index, keeping.verify, keeping.info),
+    "In and out": (exchanging.export, exchanging.import_, exchanging.merge),
     "Plan": (measuring.estimate, measuring.bench),
+}
+_NAMES = {
+    command: command.__name__.removesuffix("_")  # Python's own word: import
+    for commands in _PANELS.values()
+    for command in commands
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        app.command(rich_help_panel=_panel)(_command)
-_NAMES = frozenset(command.__name__ for commands in _PANELS.values() for command in commands)
+        app.command(_NAMES[_command], rich_help_panel=_panel)(_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -129,7 +134,7 @@ def _failed(error: Exception, message: str, arguments: Sequence[str]) -> int:
     """Say the cause and the remedy, each on a line of its own."""
     cause, remedy = _parts(error, message)
     code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), FINDING)
-    named = next((argument for argument in arguments if argument in _NAMES), "COMMAND")
+    named = next((argument for argument in arguments if argument in _NAMES.values()), "COMMAND")
     remedy = remedy.format(command=f"resmem {named}") if remedy == _HELP else remedy
     note(f"error: {cause}")
     if remedy:

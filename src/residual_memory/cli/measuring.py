@@ -15,7 +15,7 @@ from rich.table import Table
 
 from residual_memory import evaluation, tuning
 from residual_memory.cli import options
-from residual_memory.cli.data import Queries, Reading, open_rows, read_all, share_held
+from residual_memory.cli.data import Queries, Reading, read_all, rows_for, share_held
 from residual_memory.cli.measuring_text import evaluate_text, tune_text
 from residual_memory.cli.options import (
     BatchSize,
@@ -212,7 +212,7 @@ def _bandwidth(text: str) -> float | str:
 
 
 def _held_out(data: str, memory: Memory, reading: Reading) -> Queries:
-    rows = read_all(open_rows(data, memory, reading), memory)
+    rows = read_all(rows_for(data, memory, reading), memory)
     share = share_held(memory, rows.keys)
     if share > HELD_TOO_OFTEN:
         note(

@@ -21,7 +21,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help="Arrays (.npz, .parquet, or a folder with keys.npy, labels.npy, predictions.npy), a folder of images in "
+        help="Arrays (.npz, .parquet, .arrow, .feather, .safetensors, or a folder with keys.npy, labels.npy, "
+        "predictions.npy), a folder of images in "
         "class subfolders, MODULE:NAME of a data set of (x, y), or text (.txt, blank lines between documents).",
         show_default=False,
     ),

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt
 from numpy import ndarray
 
+WITHIN_CELL = 0.499  # of a step from a code's own value: still that code, whatever rounding adds
 BLOCK = 1 << 16  # codes looked up at once: their temporaries stay in the processor's cache
 
 
@@ -59,11 +60,25 @@ class LogScale:
         probabilities *= scale[..., None]
         return probabilities, left * scale
 
+    def portable(
+        self, listed: UInt[ndarray, "... m"], rest: UInt[ndarray, "..."]
+    ) -> tuple[Float32[ndarray, "... m"], Float32[ndarray, "..."]]:
+        """As `decoded`, but a value that scaling carried beyond its code stays there: encoded again, all are the same.
+
+        A row that was stored sums to 1 as nearly as the rows that a memory takes.
+        """
+        probabilities, left = self.decoded(listed, rest)
+        return self._within_code(probabilities, listed), self._within_code(left, rest)
+
     @cached_property
     def _table(self) -> Float32[ndarray, " codes"]:
         values = np.exp(-self.step * np.arange(self.zero + 1)).astype(np.float32)
         values[self.zero] = 0
         return values
+
+    def _within_code(self, values: Float32[ndarray, "..."], codes: UInt[ndarray, "..."]) -> Float32[ndarray, "..."]:
+        centre, reach = self._looked_up(codes), np.float32(np.exp(WITHIN_CELL * self.step))
+        return np.clip(values, centre / reach, centre * reach)
 
     def _looked_up(self, codes: UInt[ndarray, "..."]) -> Float32[ndarray, "..."]:
         flat = codes.reshape(-1)

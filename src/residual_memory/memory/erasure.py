@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from residual_memory.errors import CorruptFile, MemoryNotFound
 from residual_memory.memory.attributes import ENDS, TEXTS
-from residual_memory.memory.format import canonical, checked_body, read_header
+from residual_memory.memory.format import canonical, checked_body, segment_header
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import LOCK, RESERVE, Directory
 from residual_memory.validation import as_ids
@@ -215,9 +215,10 @@ def search(directory: Directory, snapshot: Snapshot, traces: Traces) -> Search:
     for name in names:
         finds = list(_finds(directory, name, traces, filter_)) if traces.whole else []
         if finds and name in own:
-            entries, start = read_header(directory, own[name].file)
+            header = segment_header(directory, own[name].file)
             spans = {
-                column: (start + entry.first, start + entry.last, entry.shape[0]) for column, entry in entries.items()
+                column: (header.start + entry.first, header.start + entry.last, entry.shape[0])
+                for column, entry in header.entries.items()
             }
             theirs = sum(_is_value(spans, traces.columns[which], at, len(traces.whole[which])) for at, which in finds)
             shared, found = shared + theirs, found + len(finds) - theirs

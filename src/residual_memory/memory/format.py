@@ -16,10 +16,10 @@ read them. The manifest is canonical JSON under its own checksum: a byte that di
 
 import json
 import re
-import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from residual_memory.errors import CorruptFile, InvalidInput, UnsupportedFormat
 from residual_memory.memory.attributes import ENDS, EXPIRES, TEXTS
 from residual_memory.memory.codes import LOG_SCALES, LogScale
 from residual_memory.memory.storage import Directory, FileRecord
+from residual_memory.memory.tensors import Column, Entry, Header, header_bytes, is_whole, read_header
 from residual_memory.types import Metric, Task
 from residual_memory.validation import as_count
 
@@ -49,12 +50,7 @@ LAYOUT_OPTIONS = {
     "prediction_dtype": ("float16", "float32", "float64", *LOG_SCALES),
 }
 
-_DTYPE_NAMES = {"<i8": "I64", "<i4": "I32", "<f8": "F64", "<f4": "F32", "<f2": "F16", "<u2": "U16", "|u1": "U8"}
-_DTYPES = {name: np.dtype(code) for code, name in _DTYPE_NAMES.items()}
-
-
-Column = tuple[np.dtype[Any], tuple[int, ...]]  # type and trailing shape
-Columns = dict[str, Column]
+Columns = dict[str, Column]  # with trailing shapes
 
 # What rows may carry; a segment whose rows carry nothing has none of them. Texts have as many bytes as they have.
 ATTRIBUTES: Columns = {
@@ -299,11 +295,6 @@ def _check_fields(manifest: Manifest) -> None:
         raise ValueError("class_names do not fit the layout")
 
 
-def is_whole(value: Any) -> bool:
-    """Whether it is an integer that a file may hold as a length or a count."""
-    return type(value) is int and 0 <= value <= 1 << 63
-
-
 def _segment_of(entry: dict[str, Any]) -> Segment:
     if not is_whole(n_rows := entry["n_rows"]):
         raise ValueError("a number of rows is not a whole number")
@@ -343,27 +334,15 @@ def decoded_strings(encoded: ndarray) -> ndarray:
 
 
 def segment_length_and_pieces(columns: Mapping[str, ndarray]) -> tuple[int, Iterator[bytes | memoryview]]:
-    """A segment file: how many bytes it has, and its content in pieces.
-
-    The widest types come first, so that every column starts at a multiple of its own item size.
-    """
-    ordered = sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, column in ordered:
-        end = offset + column.nbytes
-        kind = _DTYPE_NAMES[column.dtype.newbyteorder("<").str]
-        header[name] = {"dtype": kind, "shape": list(column.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """A segment file: how many bytes it has, and its content in pieces."""
+    head, order = header_bytes({name: (column.dtype, column.shape) for name, column in columns.items()})
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(text)) + text
-        for _, column in ordered:
-            yield np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
+        yield head
+        for name in order:
+            yield np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8).data
 
-    return 8 + len(text) + offset, pieces()
+    return len(head) + sum(column.nbytes for column in columns.values()), pieces()
 
 
 def segment_columns(manifest: Manifest) -> Columns:
@@ -390,78 +369,39 @@ def open_segment(
     CorruptFile : if the file is missing, cut, or its header does not describe exactly what is there and expected.
     """
     name, where = segment.file.name, directory.path / segment.file.name
-    header, start = read_header(directory, segment.file)
+    header = segment_header(directory, segment.file)
     known = {**(optional or {}), **expected}
-    if not set(expected) <= set(header) <= set(known) or any((n + ENDS in header) != (n in header) for n in TEXTS):
-        raise CorruptFile(f"{where} has the columns {sorted(header)}, expected {sorted(expected)}")
-    places = sorted((entry.first, entry.last) for entry in header.values())
-    ends = [0, *(last for _, last in places)]
-    if [first for first, _ in places] != ends[:-1] or start + ends[-1] != segment.file.length:
-        raise CorruptFile(f"{where}: its columns overlap or leave holes")
-    for column, entry in header.items():
+    found = set(header.entries)
+    paired = all((column + ENDS in found) == (column in found) for column in TEXTS)
+    if not set(expected) <= found <= set(known) or not paired or header.metadata:
+        raise CorruptFile(f"{where} has the columns {sorted(found)}, expected {sorted(expected)}")
+    for column, entry in header.entries.items():
         dtype, trailing = known[column]
         shape = (-1,) if column in TEXTS else (segment.n_rows, *trailing)
         _check_column(entry, dtype, shape, f"{where}: column {column!r}")
     return {
-        column: directory.map(name, entry.dtype, entry.shape, start + entry.first) for column, entry in header.items()
+        column: directory.map(name, entry.dtype, entry.shape, header.start + entry.first)
+        for column, entry in header.entries.items()
     }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A column in a segment's header: type, shape, and its bytes, counted from the end of the header."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    first: int
-    last: int
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> "Entry":
-        first, last = values["data_offsets"]
-        entry = Entry(_DTYPES[values["dtype"]], tuple(values["shape"]), first, last)
-        if set(values) != {"dtype", "shape", "data_offsets"} or not all(map(is_whole, (*entry.shape, first, last))):
-            raise ValueError("an entry is not of the expected form")
-        return entry
-
-
-def _check_column(entry: Entry, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> None:
-    """Compare with the type and shape that a column must have, −1 where an axis is free."""
-    fits = len(entry.shape) == len(shape) and all(b in (-1, a) for a, b in zip(entry.shape, shape, strict=True))
-    if entry.dtype != dtype or not fits:
-        raise CorruptFile(f"{where} is {entry.dtype} {entry.shape}, expected {dtype} {shape}")
-    size = dtype.itemsize
-    for axis in entry.shape:
-        size *= axis
-    if entry.last - entry.first != size:
-        raise CorruptFile(f"{where} of shape {entry.shape} does not fit its {entry.last - entry.first} bytes")
-
-
-def read_header(directory: Directory, record: FileRecord) -> tuple[dict[str, Entry], int]:
-    """The entries of a segment's header, and where its columns begin.
+def segment_header(directory: Directory, record: FileRecord) -> Header:
+    """What a segment says of its columns.
 
     Raises
     ------
-    CorruptFile : if the file is missing or cut, or has none.
+    CorruptFile : if the file is missing or cut, or its header does not describe what is there.
     """
     where = directory.path / record.name
     length = directory.length(record.name)
     if length != record.length:
         found = "is missing" if length is None else f"has {length:,} bytes"
         raise CorruptFile(f"{where} {found}, expected {record.length:,} bytes")
-    start = directory.head(record.name, 8)
-    (size,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
-    if size > min(MAX_HEADER, record.length):
-        raise CorruptFile(f"{where} announces a header of {size:,} bytes, expected at most {MAX_HEADER:,}")
-    text = directory.head(record.name, 8 + size)[8:]
-    try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
-        return {column: Entry.of(values) for column, values in header.items()}, 8 + size
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptFile(f"{where} has a damaged header: {error!r}") from error
+    return read_header(partial(directory.head, record.name), length, MAX_HEADER, str(where))
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name is given twice")
-    return dict(pairs)
+def _check_column(entry: Entry, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> None:
+    """Compare with the type and shape that a column must have, −1 where an axis is free."""
+    fits = len(entry.shape) == len(shape) and all(b in (-1, a) for a, b in zip(entry.shape, shape, strict=True))
+    if entry.dtype != dtype or not fits:
+        raise CorruptFile(f"{where} is {entry.kind} {entry.shape}, expected {dtype} {shape}")

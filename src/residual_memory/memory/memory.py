@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import itertools
 import os
 import secrets
 import threading
@@ -18,15 +19,13 @@ from numpy.typing import ArrayLike
 from residual_memory._version import __version__
 from residual_memory.errors import (
     CorruptFile,
-    DimensionMismatch,
-    DuplicateId,
     InvalidInput,
     MemoryNotFound,
     ReadOnlyMemory,
     StorageFailure,
     UnknownId,
 )
-from residual_memory.memory.attributes import Attributes, attribute_columns, carried, is_attribute
+from residual_memory.memory.attributes import Attributes
 from residual_memory.memory.checking import VerifyReport, damage, verify
 from residual_memory.memory.erasure import (
     Certificate,
@@ -48,6 +47,7 @@ from residual_memory.memory.format import (
     encoded_strings,
     segment_length_and_pieces,
 )
+from residual_memory.memory.incoming import Incoming, kind_of
 from residual_memory.memory.reading import forgotten_table, read_snapshot, rows_of
 from residual_memory.memory.saved import (
     Pieces,
@@ -60,19 +60,17 @@ from residual_memory.memory.saved import (
     sweep,
     write_part,
 )
+from residual_memory.memory.segments import Part, compacted, in_segments, plan, with_last
 from residual_memory.memory.selection import Inventory, Where, inventory, matching
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import LOCK, PART, Directory, FileRecord
 from residual_memory.types import Metric, Task, TopM
-from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions
+from residual_memory.validation import as_count, as_ids
 
-SEGMENT_BYTES = 64 << 20  # compaction and builders write segments of about this size
-MERGE_BYTES = 32 << 20  # small appends are merged up to this size, so that a memory has few files
 RESERVE_BYTES = 64 << 10  # held for a forget on a full disk, beside what its files take
 _PREFIXES = ("rows-", "gone-")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _STILL_THERE = "; the rows are erased from the memory, but their old files may still be there: call compact() once more"
-_Part = tuple[Segment | None, Table]  # rows in a segment that is written already, or that is to be written
 
 
 class Memory:
@@ -136,28 +134,18 @@ class Memory:
         InvalidInput : if an option is not one of those, or the path already holds a memory or other files.
         MemoryLocked : if another process is making it right now.
         """
-        layout = Layout(
-            as_count("dim", dim), as_count("n_outputs", n_outputs), task, metric, residuals, key_dtype, prediction_dtype
+        manifest = described(
+            dim=dim,
+            n_outputs=n_outputs,
+            task=task,
+            metric=metric,
+            residuals=residuals,
+            class_names=class_names,
+            key_dtype=key_dtype,
+            prediction_dtype=prediction_dtype,
+            source=source,
         )
-        check_layout(layout)
-        names = None if class_names is None else tuple(str(name) for name in class_names)
-        if names is not None and len(names) != n_outputs:
-            raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
-        manifest = Manifest(layout, __version__, class_names=names, source=source, created=_now())
-        snapshot = Snapshot(manifest, (), np.zeros(0, np.int64))
-        if path is None:
-            return Memory(None, snapshot, writable=True)
-        directory = Directory.at(path)
-        _require_empty(directory)
-        directory.make()
-        directory.lock()
-        try:
-            _require_empty(directory)
-            directory.replace(MANIFEST, manifest.to_bytes())
-        except BaseException:
-            directory.unlock()
-            raise
-        return Memory(directory, snapshot, writable=True)
+        return begun(path, manifest)
 
     @staticmethod
     def open(path: "str | os.PathLike[str] | Directory", *, writable: bool = False, verify: bool = False) -> "Memory":
@@ -319,24 +307,61 @@ class Memory:
         """
         with self._changing:
             self._require_writable()
-            table, top_m = self._validated(keys, labels, predictions)
-            n = len(table["keys"])
-            manifest = self._snapshot.manifest
-            new_ids = self._new_ids(ids, n)
-            id_kind = _kind(new_ids)
-            group_kind = self._check_groups(groups, n)
-            carrying = attribute_columns(n, owners=owners, expires=expires, tags=tags, snippets=snippets)
-            if n == 0:
-                return new_ids
-            table["ids"] = new_ids.copy()
-            if groups is not None:
-                table["groups"] = as_ids(groups, n, name="groups").copy()
-            table |= carrying
-            next_id = max(manifest.next_id, int(new_ids.max()) + 1) if id_kind == "integer" else manifest.next_id
-            kept, merged = self._merge_small(table)
-            kinds = {"id_kind": id_kind, "group_kind": group_kind, "next_id": next_id, "top_m": top_m}
-            self._commit_rows("append", n, [*kept, (None, merged)], **kinds)
+            incoming = Incoming(self._snapshot)
+            table = incoming.table(
+                keys,
+                labels,
+                predictions,
+                ids,
+                groups,
+                owners=owners,
+                expires=expires,
+                tags=tags,
+                snippets=snippets,
+            )
+            new_ids: ndarray = table["ids"].copy()
+            if len(new_ids):
+                parts = with_last(self._snapshot, table)
+                self._commit_rows("append", parts, lambda: (len(new_ids), incoming.changes()))
             return new_ids
+
+    def extend(self, blocks: Iterable[Mapping[str, Any]], *, as_stored: bool = False) -> int:
+        """Add the rows of many blocks in one step: all of them, or none.
+
+        Rows are written as they come, in segments of about `SEGMENT_BYTES`; only ids are held in RAM.
+
+        Parameters
+        ----------
+        blocks : each with the arguments of `append` by name. Ids are unique over all blocks.
+        as_stored : the keys come from a memory of this metric: under "cosine" they have length 1 already, and are kept
+            to the last bit.
+
+        Returns
+        -------
+        How many rows were added.
+
+        Raises
+        ------
+        InvalidInput, DimensionMismatch, DuplicateId : if a block does not fit; nothing is added.
+        StorageFailure : if the disk refuses; nothing is added.
+        """
+        with self._changing:
+            self._require_writable()
+            before = self._snapshot
+            incoming = Incoming(before, as_stored=as_stored)
+            tables = in_segments(incoming.tables(blocks))
+            first = next(tables, None)
+            if first is None:
+                return 0
+
+            def after() -> tuple[int, dict[str, Any]]:
+                if self._snapshot is not before:
+                    raise InvalidInput("the memory was changed while its new rows were read; change it before or after")
+                return incoming.n_rows, incoming.changes()
+
+            rest = ((None, table) for table in tables)
+            self._commit_rows("append", itertools.chain(with_last(before, first), rest), after)
+            return incoming.n_rows
 
     def find(self, where: Where) -> Shaped[ndarray, " m"]:
         """Ids of the rows that meet all conditions, in row order.
@@ -425,10 +450,10 @@ class Memory:
             gone = before.forgotten
             traces = traces_of(before, gone) if search_files and self._directory else None
             names = self._directory.names() if self._directory else []
-            plan = _plan(before)
-            if len(gone) or len(plan) < len(before.tables):
-                rows = _compacted(before, plan)
-                self._commit_rows("compact", len(gone), rows, generation=before.generation + 1, forgotten=None)
+            planned = plan(before)
+            if len(gone) or len(planned) < len(before.tables):
+                changes = {"generation": before.generation + 1, "forgotten": None}
+                self._commit_rows("compact", compacted(before, planned), lambda: (len(gone), changes))
             self._remove_leftovers()
             return self._certificate(before, names, traces) if len(gone) else None
 
@@ -520,92 +545,27 @@ class Memory:
         if not self._writable:
             raise ReadOnlyMemory(f"{self.path} is open read-only, or closed; use Memory.open(path, writable=True)")
 
-    def _validated(
-        self, keys: ArrayLike, labels: ArrayLike, predictions: "ArrayLike | TopM"
-    ) -> tuple[dict[str, ndarray], int | None]:
-        layout = self.layout
-        if isinstance(predictions, TopM) != (layout.residuals == "top-m"):
-            wanted = "rm.TopM(indices, probabilities, rest)" if layout.residuals == "top-m" else "an array"
-            raise InvalidInput(
-                f"predictions are {type(predictions).__name__}, but residuals={layout.residuals!r} takes {wanted}"
-            )
-        new_keys = as_keys(keys, layout.dim, metric=layout.metric)
-        table = {"keys": new_keys, "labels": as_labels(labels, layout.task, layout.n_outputs, len(new_keys))}
-        checked = as_predictions(predictions, layout.task, layout.n_outputs)
-        if len(checked) != len(new_keys):
-            raise DimensionMismatch(f"there are {len(checked):,} predictions for {len(new_keys):,} keys")
-        top_m = self._snapshot.manifest.top_m
-        if isinstance(checked, TopM):
-            m = checked.indices.shape[1]
-            if top_m not in (None, m):
-                raise DimensionMismatch(f"predictions are the top {m}, but the memory keeps the top {top_m}")
-            top_m = m
-            table |= {"indices": checked.indices, "probabilities": checked.probabilities, "rest": checked.rest}
-        else:
-            table["predictions"] = checked
-        if scale := layout.log_scale:
-            table |= {name: scale.encoded(table[name]) for name in ("probabilities", "rest")}
-        for name, (dtype, _) in layout.columns(top_m).items():
-            table[name] = _stored(name, table[name], dtype)
-        return table, top_m
+    def _commit_rows(self, what: str, parts: Iterable[Part], after: Callable[[], tuple[int, dict[str, Any]]]) -> None:
+        """Write the parts that are not written yet, and make all of them the memory's rows.
 
-    def _new_ids(self, ids: ArrayLike | None, n: int) -> ndarray:
-        manifest = self._snapshot.manifest
-        if ids is None:
-            if manifest.id_kind == "string":
-                raise InvalidInput("the memory's ids are strings, so it cannot give ids by itself; pass ids=")
-            if manifest.next_id + n > np.iinfo(np.int64).max:
-                raise InvalidInput("the largest ids are taken, so the memory cannot give ids by itself; pass ids=")
-            return np.arange(manifest.next_id, manifest.next_id + n)
-        new = as_ids(ids, n)
-        if manifest.id_kind not in (None, _kind(new)) and n:
-            raise InvalidInput(f"ids are of kind {_kind(new)}, but the memory's are of kind {manifest.id_kind}")
-        values, counts = np.unique(new, return_counts=True)
-        if (counts > 1).any():
-            raise DuplicateId(f"id {values[counts > 1][0].item()!r} is given {counts.max()} times")
-        fresh = _kind(new) == "integer" and n > 0 and values[0] >= manifest.next_id
-        if not fresh and (held := self._snapshot.rows_of(new) >= 0).any():
-            example = new[held][0].item()
-            raise DuplicateId(
-                f"the memory already holds {held.sum():,} of the {n:,} ids, for example {example!r}; forget them first"
-            )
-        return new
-
-    def _check_groups(self, groups: ArrayLike | None, n: int) -> str | None:
-        manifest = self._snapshot.manifest
-        kind = None if groups is None else _kind(as_ids(groups, n, name="groups"))
-        if manifest.id_kind is not None and kind != manifest.group_kind:
-            raise InvalidInput(
-                f"groups are {kind or 'missing'}, but the rows held so far have {manifest.group_kind or 'none'}"
-            )
-        return kind
-
-    def _merge_small(self, table: dict[str, ndarray]) -> "tuple[list[_Part], Table]":
-        """Join the last segments with the new rows while they are no longer than these: few files, few rewrites."""
-        kept: list[_Part] = list(zip(self._snapshot.manifest.segments, self._snapshot.tables, strict=True))
-        joined: list[Table] = [table]
-        n, row_bytes = len(table["keys"]), max(_table_bytes(table) // len(table["keys"]), 1)
-        while kept and _length(kept[-1]) <= n and (n + _length(kept[-1])) * row_bytes <= MERGE_BYTES:
-            part = kept.pop()
-            n += _length(part)
-            joined.insert(0, part[1])
-        return kept, _concatenated(joined)
-
-    def _commit_rows(self, what: str, rows: int, parts: "Iterable[_Part]", **changes: Any) -> None:
-        """Write the parts that are not written yet, and make all of them the memory's rows."""
+        Parameters
+        ----------
+        after : gives, when the last part is written, how many rows are concerned and what else the manifest says.
+        """
         segments: list[Segment] = []
         held: list[Table] = []
-        version = self._snapshot.version + 1
-        forgotten = np.zeros(0, np.int64) if "forgotten" in changes else self._snapshot.forgotten
+        before = self._snapshot
         written: list[str] = []
         try:
             for segment, table in parts:
                 if segment is None:
-                    segment, table = self._write_rows(version, table, written)
+                    segment, table = self._write_rows(before.version + 1, table, written)
                 segments.append(segment)
                 held.append(table)
+            rows, changes = after()
+            forgotten = np.zeros(0, np.int64) if "forgotten" in changes else before.forgotten
             changes |= {"segments": tuple(segments), "library": __version__}
-            self._commit(self._snapshot.manifest.with_changes(what, rows, _now(), **changes), held, forgotten)
+            self._commit(before.manifest.with_changes(what, rows, _now(), **changes), held, forgotten)
         except BaseException:
             self._discard(written)
             raise
@@ -643,7 +603,7 @@ class Memory:
         if self._directory is None:
             return segment, table
         manifest = self._snapshot.manifest
-        kinds = {name: _kind(table[name]) if name in table else None for name in ("ids", "groups")}
+        kinds = {name: kind_of(table[name]) if name in table else None for name in ("ids", "groups")}
         m = table["indices"].shape[1] if "indices" in table else None
         seen = replace(manifest, id_kind=kinds["ids"], group_kind=kinds["groups"], top_m=m)
         return segment, rows_of(self._directory, seen, segment)
@@ -719,6 +679,74 @@ class Memory:
         )
 
 
+def described(
+    *,
+    dim: int,
+    n_outputs: int,
+    task: Task = "classification",
+    metric: Metric = "euclidean",
+    residuals: str = "dense",
+    class_names: Sequence[str] | None = None,
+    key_dtype: str = "float32",
+    prediction_dtype: str = "float32",
+    source: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """What is true of a memory of these options before it has rows.
+
+    Raises
+    ------
+    InvalidInput : if an option is not one that a memory can have.
+    """
+    layout = Layout(
+        as_count("dim", dim), as_count("n_outputs", n_outputs), task, metric, residuals, key_dtype, prediction_dtype
+    )
+    check_layout(layout)
+    names = None if class_names is None else tuple(str(name) for name in class_names)
+    if names is not None and len(names) != n_outputs:
+        raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
+    return Manifest(layout, __version__, class_names=names, source=source, created=_now())
+
+
+def begun(path: "str | os.PathLike[str] | Directory | None", manifest: Manifest) -> Memory:
+    """An empty memory of which the manifest is true, open for writing.
+
+    Raises
+    ------
+    InvalidInput : if the path already holds a memory or other files.
+    MemoryLocked : if another process is making it right now.
+    """
+    snapshot = Snapshot(manifest, (), np.zeros(0, np.int64))
+    if path is None:
+        return Memory(None, snapshot, writable=True)
+    directory = Directory.at(path)
+    _require_empty(directory)
+    directory.make()
+    directory.lock()
+    try:
+        _require_empty(directory)
+        directory.replace(MANIFEST, manifest.to_bytes())
+    except BaseException:
+        directory.unlock()
+        raise
+    return Memory(directory, snapshot, writable=True)
+
+
+def filled(path: str | os.PathLike[str], manifest: Manifest, tables: Iterable[Table]) -> Memory:
+    """A new memory of which the manifest is true, but for its rows, which are these, in their stored form."""
+    bare = replace(manifest, segments=(), forgotten=None, history=(), version=0, generation=0, created=_now())
+    memory = begun(path, bare)
+    rows = 0
+
+    def counted() -> Iterator[Part]:
+        nonlocal rows
+        for table in in_segments(tables):
+            rows += len(table["ids"])
+            yield None, table
+
+    memory._commit_rows("append", counted(), lambda: (rows, {}))
+    return memory
+
+
 def _in_ram(manifest: Manifest, tables: Sequence[Table], forgotten: Int64[ndarray, " g"]) -> Memory:
     return Memory(None, Snapshot(manifest, tables, forgotten), writable=True)
 
@@ -766,76 +794,5 @@ def _known_rows(snapshot: Snapshot, ids: Shaped[ndarray, " b"]) -> Int64[ndarray
     return rows
 
 
-def _length(part: "_Part") -> int:
-    return len(part[1]["keys"])
-
-
-def _plan(snapshot: Snapshot) -> "list[int | Int64[ndarray, ' _']]":
-    """What a compaction makes: segments that stay, by number, and between them rows that are written together."""
-    plan: list[int | Int64[ndarray, " _"]] = []
-    waiting: list[Int64[ndarray, " _"]] = []
-    row_bytes = max(sum(map(_table_bytes, snapshot.tables)) // max(snapshot.n_rows, 1), 1)
-
-    def flush() -> None:
-        rows = np.concatenate([np.zeros(0, np.int64), *waiting])
-        size = max(SEGMENT_BYTES // row_bytes, 1)
-        plan.extend(rows[start : start + size] for start in range(0, len(rows), size))
-        waiting.clear()
-
-    start = 0
-    for number, segment in enumerate(snapshot.manifest.segments):
-        alive = snapshot.alive[start : start + segment.n_rows]
-        if alive.all() and segment.file.length >= SEGMENT_BYTES // 2:
-            flush()
-            plan.append(number)
-        else:
-            waiting.append(start + np.flatnonzero(alive))
-        start += segment.n_rows
-    flush()
-    return plan
-
-
-def _compacted(snapshot: Snapshot, plan: "Sequence[int | Int64[ndarray, ' _']]") -> "Iterator[_Part]":
-    for part in plan:
-        if isinstance(part, int):
-            yield snapshot.manifest.segments[part], snapshot.tables[part]
-        else:
-            yield None, table_of(snapshot, part)
-
-
-def table_of(snapshot: Snapshot, rows: Int64[ndarray, " b"]) -> Table:
-    """Some rows with all that they have, as they are stored; they must ascend."""
-    names = [name for name in snapshot.tables[0] if not is_attribute(name)]
-    columns = {name: snapshot.column(name).take(rows) for name in names}
-    return {**columns, **carried(snapshot.tables, snapshot.by_segment(rows)[0])}
-
-
-def _concatenated(tables: Sequence[Table]) -> Table:
-    if len(tables) == 1:
-        return tables[0]
-    names = [name for name in tables[0] if not is_attribute(name)]
-    every = [np.arange(len(table["ids"])) for table in tables]
-    return {**{name: np.concatenate([table[name] for table in tables]) for name in names}, **carried(tables, every)}
-
-
-def _table_bytes(table: Table) -> int:
-    return sum(column.nbytes for column in table.values())
-
-
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _stored(name: str, values: ndarray, dtype: np.dtype[Any]) -> ndarray:
-    """A copy in the stored type; a value that does not fit it is refused, not turned into infinity."""
-    with np.errstate(over="ignore"):
-        stored = np.array(values, dtype)
-    if dtype == np.float16 != values.dtype and not np.isfinite(stored).all():
-        raise InvalidInput(
-            f"{name} hold values up to {np.abs(values).max():.4g}, above what float16 holds; store float32"
-        )
-    return stored
-
-
-def _kind(ids: ndarray) -> str:
-    return "string" if ids.dtype.kind == "U" else "integer"

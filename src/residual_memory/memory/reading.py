@@ -1,6 +1,5 @@
 """From the files of a memory to the rows of its newest version."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ from residual_memory.memory.format import (
     Segment,
     decoded_strings,
     open_segment,
-    read_header,
     segment_columns,
+    segment_header,
 )
 from residual_memory.memory.snapshot import Snapshot, Table
-from residual_memory.memory.storage import Directory
+from residual_memory.memory.storage import Directory, FileRecord
 
 GONE_ROWS: Columns = {"rows": (np.dtype(np.int64), ())}
 GONE_BITS: Columns = {"bits": (np.dtype(np.uint8), ())}
@@ -80,20 +79,28 @@ def forgotten_of(directory: Directory, manifest: Manifest) -> Int64[ndarray, " g
     ------
     CorruptFile : if the file does not name that many rows of the memory.
     """
-    segment = manifest.forgotten
-    if segment is None:
+    if manifest.forgotten is None:
         return np.zeros(0, np.int64)
-    header, _ = read_header(directory, segment.file)
-    if set(header) == set(GONE_BITS):
-        listed = replace(segment, n_rows=header["bits"].shape[0] if header["bits"].shape else 0)
-        bits = open_segment(directory, listed, GONE_BITS)["bits"]
-        gone = np.flatnonzero(np.unpackbits(bits))
-    else:
-        gone = np.array(open_segment(directory, segment, GONE_ROWS)["rows"])
+    file, n_rows = manifest.forgotten.file, manifest.forgotten.n_rows
+    gone = forgotten_in(directory, file)
     outside = len(gone) and (gone[0] < 0 or gone[-1] >= manifest.n_rows or (gone[1:] <= gone[:-1]).any())
-    if outside or len(gone) != segment.n_rows:
-        raise CorruptFile(f"{directory.path / segment.file.name} names rows that the memory does not have")
+    if outside or len(gone) != n_rows:
+        raise CorruptFile(f"{directory.path / file.name} names rows that the memory does not have")
     return gone
+
+
+def forgotten_in(directory: Directory, file: FileRecord) -> Int64[ndarray, " g"]:
+    """The rows that a file names as forgotten.
+
+    Raises
+    ------
+    CorruptFile : if it names none.
+    """
+    entries = segment_header(directory, file).entries
+    columns = GONE_BITS if set(entries) == set(GONE_BITS) else GONE_ROWS
+    n = max((entry.shape[0] for entry in entries.values() if entry.shape), default=0)
+    found = open_segment(directory, Segment(file, n), columns)
+    return np.flatnonzero(np.unpackbits(found["bits"])) if "bits" in found else np.array(found["rows"])
 
 
 def forgotten_table(rows: Int64[ndarray, " g"], n_rows: int) -> Table:

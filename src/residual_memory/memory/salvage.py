@@ -1,8 +1,10 @@
 """What can be saved of a damaged memory: every row of which no byte lies in a damaged place."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -11,11 +13,12 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, MemoryNotFound, ResidualMemoryError
 from residual_memory.memory.attributes import ENDS, TEXTS
 from residual_memory.memory.checking import Problem
-from residual_memory.memory.format import COPY, MANIFEST, Manifest, Segment, read_header
-from residual_memory.memory.memory import Memory, table_of
-from residual_memory.memory.reading import forgotten_of, read_manifest, rows_of
+from residual_memory.memory.format import COPY, MANIFEST, Manifest, Segment, segment_header
+from residual_memory.memory.memory import filled, require_empty
+from residual_memory.memory.reading import forgotten_in, forgotten_of, read_manifest, rows_of
+from residual_memory.memory.segments import table_of
 from residual_memory.memory.snapshot import Snapshot, Table
-from residual_memory.memory.storage import Damage, Directory
+from residual_memory.memory.storage import Damage, Directory, FileRecord, move, part_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,7 @@ class Salvage:
     problems: tuple[Problem, ...]
 
 
-def salvage(
-    path: str | os.PathLike[str], to: str | os.PathLike[str], *, keep_forgotten: bool = False
-) -> Salvage:
+def salvage(path: str | os.PathLike[str], to: str | os.PathLike[str], *, keep_forgotten: bool = False) -> Salvage:
     """Make a new memory of all rows of a damaged one that are as they were written. The damaged one is not changed.
 
     Where the manifest is damaged its copy is read, which is the same unless the last writer was cut off; a change that
@@ -57,6 +58,7 @@ def salvage(
     directory = Directory(path)
     if not directory.exists():
         raise MemoryNotFound(f"there is no memory at {path}")
+    require_empty(to)
     manifest, problems = _manifest(directory)
     damages = directory.check_all(manifest.files())
     problems += [Problem(name, damage.what) for name, found in damages.items() for damage in found]
@@ -64,11 +66,14 @@ def salvage(
     alive = np.ones(manifest.n_rows, bool)
     alive[forgotten] = False
     parts = [(s, *_rows(directory, manifest, s, damages[s.file.name])) for s in manifest.segments]
-    begin = replace(manifest, segments=(), forgotten=None, history=(), version=0, generation=0)
-    memory = Memory.create_like(to, begin)
-    with memory:
-        memory.adopt_rows(_saved(manifest, parts, alive))
-        rows = len(memory)
+    part = part_of(Path(to).absolute())
+    try:
+        with filled(part, manifest, _saved(manifest, parts, alive)) as memory:
+            rows = len(memory)
+        move(part, Path(to))
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return Salvage(rows, int(alive.sum()) - rows, tuple(problems))
 
 
@@ -107,17 +112,7 @@ def _forgotten(
 
 def _unnamed(directory: Directory, manifest: Manifest, name: str) -> Int64[ndarray, " g"]:
     """The forgotten rows in a file that the manifest at hand does not name, of those that it knows."""
-    from residual_memory.memory.storage import FileRecord
-
-    record = FileRecord(name, directory.length(name) or 0, 1, ())
-    header, start = read_header(directory, record)
-    if "bits" in header:
-        bits = directory.map(name, np.dtype(np.uint8), header["bits"].shape, start)
-        rows = np.flatnonzero(np.unpackbits(bits))
-    elif "rows" in header:
-        rows = np.array(directory.map(name, np.dtype(np.int64), header["rows"].shape, start))
-    else:
-        raise CorruptFile(f"{directory.path / name} names no rows")
+    rows = forgotten_in(directory, FileRecord(name, directory.length(name) or 0, 1, ()))
     return rows[(rows >= 0) & (rows < manifest.n_rows)]
 
 
@@ -128,18 +123,18 @@ def _rows(
     whole = np.zeros(segment.n_rows, bool)
     try:
         table = rows_of(directory, manifest, segment)
-        header, start = read_header(directory, segment.file)
+        header = segment_header(directory, segment.file)
     except ResidualMemoryError:
         return None, whole
     whole[:] = True
     for damage in damages:
-        for name, entry in header.items():
-            first, last = damage.first - start - entry.first, damage.last - start - entry.first
+        for name, entry in header.entries.items():
+            first, last = (place - header.start - entry.first for place in (damage.first, damage.last))
             if last < 0 or first >= entry.last - entry.first:
                 continue
             if name in TEXTS:
                 whole &= ~_touched(table[name + ENDS], first, last)
-            elif name.removesuffix(ENDS) in TEXTS and name != name.removesuffix(ENDS):
+            elif name.removesuffix(ENDS) in TEXTS:
                 whole[:] = False
             else:
                 width = max((entry.last - entry.first) // max(segment.n_rows, 1), 1)

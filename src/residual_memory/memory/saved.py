@@ -19,9 +19,10 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, StorageFailure
-from residual_memory.memory.format import canonical, checked_body, is_whole, record_of
+from residual_memory.memory.format import canonical, checked_body, record_of
 from residual_memory.memory.snapshot import Snapshot
 from residual_memory.memory.storage import Directory, FileRecord
+from residual_memory.memory.tensors import is_whole
 
 PREFIX = "index-"
 SAVED_FORMAT = 1

@@ -7,13 +7,14 @@ manifest names what exists; a file that it does not name is a leftover, ignored 
 import errno
 import fcntl
 import os
+import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy import ndarray
@@ -397,6 +398,45 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[memoryview]:
             return
         yield buffer[:n]
         size -= n
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is there, durably, when the block has ended well, and of which nothing is there otherwise.
+
+    Raises
+    ------
+    StorageFailure : if the disk refuses; a file that had the name before is still there.
+    """
+    part = part_of(path)
+    with _refusals(path):
+        try:
+            with open(part, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        Disk().sync_folder(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """A free name beside a path, for what is not whole yet."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}{PART}")
+
+
+def move(part: Path, path: Path) -> None:
+    """Give what is whole its name, durably.
+
+    Raises
+    ------
+    StorageFailure : if the disk refuses.
+    """
+    with _refusals(path):
+        os.replace(part, path)
+        Disk().sync_folder(path.parent)
 
 
 class _Checksums:

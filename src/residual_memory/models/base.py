@@ -13,7 +13,7 @@ import numpy as np
 from residual_memory.errors import FingerprintMismatch, InSampleResiduals, InvalidInput
 from residual_memory.memory import Memory
 from residual_memory.memory.format import MANIFEST
-from residual_memory.memory.memory import SEGMENT_BYTES
+from residual_memory.memory.segments import SEGMENT_BYTES
 from residual_memory.types import Metric, Observations, TopM
 
 Side = Literal["input", "output"]

@@ -63,7 +63,12 @@ def make(folder: Path) -> None:
     classes, values = classification(n=8, d=3, c=3), regression(n=6, d=2, c=2)
     names = np.array([f"row-{number}" for number in range(8)])
     with Memory.create(folder / "strings", dim=3, n_outputs=3, class_names=["a", "ü", "c"]) as memory:
-        carrying = {"owners": "zoë", "expires": 4_000_000_000, "tags": ["a", "b c"], "snippets": ["", "one", "два", "☂"]}
+        carrying = {
+            "owners": "zoë",
+            "expires": 4_000_000_000,
+            "tags": ["a", "b c"],
+            "snippets": ["", "one", "два", "☂"],
+        }
         fill(memory, classes, names, np.array(["x", "y"] * 4), **carrying)
         memory.save_source({"layer": "fc", "complete": True})
         memory.save_setting({"n_neighbors": 3, "bandwidth": 0.5})

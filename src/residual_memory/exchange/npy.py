@@ -1,0 +1,131 @@
+"""Arrays as numpy saves them: a folder of .npy files, or the members of an .npz."""
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy import ndarray
+
+from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.exchange.columns import ColumnRows, FileColumn, opened
+from residual_memory.exchange.fields import Exported
+from residual_memory.exchange.rows import COLUMNS, needed
+from residual_memory.memory.format import MAX_MANIFEST, Manifest
+
+DESCRIPTION = "memory.json"  # the member with what makes an identical memory again
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same memory gives the same bytes
+
+
+def folder_rows(folder: Path) -> ColumnRows:
+    """The files keys.npy, predictions.npy, … of a folder."""
+    present = [name for name in COLUMNS if (folder / f"{name}.npy").exists()]
+    wanted = needed(str(folder), present)
+    return ColumnRows(str(folder), {name: npy_file(folder / f"{name}.npy") for name in wanted})
+
+
+def npz_rows(path: Path) -> ColumnRows:
+    """The members of an .npz, compressed or not."""
+    with opened(str(path), partial(zipfile.ZipFile, path)) as archive:
+        members = {name.removesuffix(".npy") for name in archive.namelist()}
+    columns = {name: _member(path, name) for name in needed(str(path), members)}
+    manifest = _manifest(path) if DESCRIPTION in members else None
+    return ColumnRows(str(path), columns, manifest)
+
+
+def npy_file(path: Path) -> FileColumn:
+    """The array of an .npy file.
+
+    Raises
+    ------
+    CorruptFile : if it is no such file, or cut.
+    """
+    column = _npy(str(path), partial(open, path, "rb"))
+    return _whole(column, path.stat().st_size)
+
+
+def _member(path: Path, name: str) -> FileColumn:
+    column = _npy(f"{path}:{name}", partial(_open_member, path, f"{name}.npy"))
+    with opened(column.name, partial(zipfile.ZipFile, path)) as archive:
+        return _whole(column, archive.getinfo(f"{name}.npy").file_size)
+
+
+def _whole(column: FileColumn, size: int) -> FileColumn:
+    if len(column) * column.row_bytes > size:
+        raise CorruptFile(f"{column.name} ends too early: it announces the shape {column.shape}; save it again")
+    return column
+
+
+def _npy(name: str, open_file: Callable[[], Any]) -> FileColumn:
+    with opened(name, open_file) as file:
+        shape, dtype = _npy_header(file, name)
+        return FileColumn(name, open_file, file.tell(), dtype, shape)
+
+
+@contextmanager
+def _open_member(path: Path, name: str) -> Iterator[Any]:
+    with zipfile.ZipFile(path) as archive, archive.open(name) as member:
+        yield member
+
+
+def _manifest(path: Path) -> Manifest:
+    column = _member(path, DESCRIPTION)
+    where = f"{path}:{DESCRIPTION}"
+    if column.dtype.kind != "U" or column.shape != (1,) or column.row_bytes > 4 * MAX_MANIFEST:
+        raise CorruptFile(f"{where} is {column.dtype} {column.shape}, expected one text; export the memory again")
+    text = column.read()[0]
+    try:
+        return Manifest.from_bytes(str(text).encode(), where)
+    except UnicodeEncodeError as error:
+        raise CorruptFile(f"{where} is no text: {error}; export the memory again") from None
+
+
+def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in read:
+            raise ValueError(f"its version is {version}")
+        shape, fortran, dtype = read[version](file)
+    except ValueError as error:
+        raise CorruptFile(f"{name} is not an array in .npy form: {error}; save it with numpy.save") from None
+    if dtype.hasobject:
+        raise InvalidInput(
+            f"{name} holds Python objects, which are not read since they can run code; save a plain array of numbers"
+        )
+    if fortran and len(shape) > 1:
+        raise InvalidInput(
+            f"{name} is stored column by column and cannot be read row by row; save numpy.ascontiguousarray(array)"
+        )
+    return shape, dtype
+
+
+# ---------------------------------------------------------------------- out
+
+
+def write_npz(file: IO[bytes], exported: Exported) -> None:
+    """The columns of a memory as the members of an .npz that is not compressed, block after block."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        text = np.array([exported.description.decode("ascii")])
+        _write_member(archive, DESCRIPTION, text.dtype, text.shape, [text])
+        for field in exported.fields:
+            shape = (exported.n_rows, *field.shape)
+            blocks = (field.take(rows).astype(field.dtype, copy=False) for rows in exported.row_blocks())
+            _write_member(archive, field.name, field.dtype, shape, blocks)
+
+
+def _write_member(
+    archive: zipfile.ZipFile,
+    name: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    blocks: "Iterator[ndarray] | Sequence[ndarray]",
+) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with archive.open(zipfile.ZipInfo(f"{name}.npy", _LONG_AGO), "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for block in blocks:
+            member.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
