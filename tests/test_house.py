@@ -24,7 +24,7 @@ LAYERS = [
     {"explanation", "evaluation", "language"},
     {"tuning"},
     {"models", "theory", "figures", "exchange"},
-    {"demo"},
+    {"demo", "selftest"},
     {"server"},
     {"cli"},
 ]

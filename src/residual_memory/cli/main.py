@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from residual_memory._version import __version__
-from residual_memory.cli import asking, building, demo, exchanging, keeping, measuring
+from residual_memory.cli import asking, building, demo, doctor, exchanging, keeping, measuring
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
@@ -85,7 +85,7 @@ _PANELS = {
     "Use": (asking.predict, asking.explain),
     "Keep": (building.add, keeping.forget, keeping.compact, keeping.index, keeping.verify, keeping.info),
     "In and out": (exchanging.export, exchanging.import_, exchanging.merge),
-    "Plan": (measuring.estimate, measuring.bench),
+    "Plan": (measuring.estimate, measuring.bench, doctor.doctor),
 }
 _NAMES = {
     command: command.__name__.removesuffix("_")  # Python's own word: import

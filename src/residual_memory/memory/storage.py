@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -243,8 +244,12 @@ class Directory:
 
     def length(self, name: str) -> int | None:
         """Bytes of the file; None where there is no plain file of that name."""
-        target = self.path / name
-        return None if target.is_symlink() or not target.is_file() else target.stat().st_size
+        with _refusals(self.path / name):
+            try:
+                found = os.lstat(self.path / name)  # asked once: a writer may remove it at any time
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def content(self, record: FileRecord) -> memoryview:
         """The whole of a file, if it is to the byte what was written.
