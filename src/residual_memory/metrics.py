@@ -154,7 +154,9 @@ def auc(
     positive_groups: ArrayLike | None = None,
     negative_groups: ArrayLike | None = None,
 ) -> Estimate:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half, with DeLong's interval.
+    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+
+    The 95 % interval is DeLong's.
 
     Parameters
     ----------

@@ -33,6 +33,7 @@ from residual_memory.validation import as_count, as_fraction
 MAX_WEIGHTS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 N_MEMBERS = 10_000
 HELD_AT_MOST = 0.5  # of the held-out rows may be in the memory before the audit refuses them
+SMALLEST = 1e-12  # of a probability whose logarithm is taken
 BLOCK_BYTES = 32 << 20
 
 
@@ -44,7 +45,8 @@ class Answers:
     ----------
     base : the base's confidence in the true label: its probability, or −|error|.
     corrected : the corrected confidence under each cap.
-    calibrated : corrected minus base, for who has the base too.
+    calibrated : corrected against base, for who has the base too, in a ways: their difference and, of probabilities,
+        the difference of their logarithms.
     nearest : distance to the nearest memory, for who may ask for neighbours.
     base_losses, losses : as in `HeldOut.losses`, of the base and under each cap.
     groups : rows of one group count as one draw; None where each row does.
@@ -52,7 +54,7 @@ class Answers:
 
     base: Float[ndarray, " q"]
     corrected: Float[ndarray, "s q"]
-    calibrated: Float[ndarray, "s q"]
+    calibrated: Float[ndarray, "a s q"]
     nearest: Float[ndarray, " q"]
     base_losses: Float[ndarray, " q"]
     losses: Float[ndarray, "s q"]
@@ -72,7 +74,8 @@ class Capped:
     corrected : accuracy (a fraction) or RMSE (in the target's unit) on the held-out rows.
     gain : of corrected over base, paired by row; more is better whatever the metric.
     auc_corrected : of the corrected confidence in the true label.
-    auc_calibrated : of that minus the base's.
+    auc_calibrated : of that against the base's, by the better of two scores: the difference of the probabilities, and
+        that of their logarithms. The first is better where one row weighs much, the second where it weighs little.
     """
 
     max_weight: float
@@ -228,11 +231,12 @@ def report_of(metric: Metric, max_weights: Sequence[float], members: Answers, ot
         # The labels alone are not asked for; the base stands in for them.
         figures = summarize(metric, base=of_base, memory_only=of_base, corrected=losses, groups=others.groups)
         base = figures.base
-        attacks = (
-            _attack(getattr(members, name)[place], getattr(others, name)[place], members, others)
-            for name in ("corrected", "calibrated")
-        )
-        caps.append(Capped(float(cap), figures.corrected, figures.gain, *attacks))
+        alone = _attack(members.corrected[place], others.corrected[place], members, others)
+        beside = [
+            _attack(of_members, of_others, members, others)
+            for of_members, of_others in zip(members.calibrated[:, place], others.calibrated[:, place], strict=True)
+        ]
+        caps.append(Capped(float(cap), figures.corrected, figures.gain, alone, max(beside, key=float)))
     assert base is not None
     return PrivacyReport(
         metric,
@@ -291,7 +295,8 @@ def _answers(
     farthest = found.farthest if found.rows.shape[1] == setting.n_neighbors else np.full(n, np.inf)
     weights = neighbor_weights(snapshot.keys, found, knn.weighting)
     base = _confidence(rows.predictions, rows.labels, task)
-    corrected, calibrated, losses = (np.empty((len(caps), n)) for _ in range(3))
+    corrected, losses = np.empty((len(caps), n)), np.empty((len(caps), n))
+    calibrated = np.empty((1 if task == "regression" else 2, len(caps), n))
     step = max(1, BLOCK_BYTES // (8 * snapshot.layout.n_outputs * (found.rows.shape[1] + 2 * len(caps))))
     for start in range(0, n, step):
         here = slice(start, start + step)
@@ -307,9 +312,16 @@ def _answers(
             losses[place, here] = some.losses(scores, reference)
             given = scores if _valid(setting, task) else to_probabilities(scores, reference)
             corrected[place, here] = _confidence(given, some.labels, task)
-            calibrated[place, here] = corrected[place, here] - _confidence(reference, some.labels, task)
+            beside = compared(corrected[place, here], _confidence(reference, some.labels, task))
+            calibrated[:, place, here] = beside[: len(calibrated)]  # −|error| has no logarithm
     told = rows.losses(rows.predictions, rows.predictions)
     return Answers(base, corrected, calibrated, found.distances[:, 0].astype(np.float64), told, losses, groups)
+
+
+def compared(corrected: Float[ndarray, " q"], base: Float[ndarray, " q"]) -> Float[ndarray, "2 q"]:
+    """Two confidences in the true label against each other: their difference, and that of their logarithms."""
+    ratio = np.log(np.maximum(corrected, SMALLEST) / np.maximum(base, SMALLEST))
+    return np.stack([corrected - base, ratio])
 
 
 def _valid(setting: Setting, task: Task) -> bool:

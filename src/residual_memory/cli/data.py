@@ -26,7 +26,7 @@ from residual_memory.memory import Memory
 from residual_memory.models.base import Source
 from residual_memory.progress import progress_bar
 from residual_memory.types import Task
-from residual_memory.validation import as_count, as_ids, as_labels, as_predictions
+from residual_memory.validation import as_count, as_ids, as_keys, as_labels, as_predictions
 from residual_memory.windows import TextFile
 
 BLOCK_BYTES = 4 << 20
