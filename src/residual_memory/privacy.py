@@ -74,8 +74,9 @@ class Capped:
     corrected : accuracy (a fraction) or RMSE (in the target's unit) on the held-out rows.
     gain : of corrected over base, paired by row; more is better whatever the metric.
     auc_corrected : of the corrected confidence in the true label.
-    auc_calibrated : of that against the base's, by the better of two scores: the difference of the probabilities, and
-        that of their logarithms. The first is better where one row weighs much, the second where it weighs little.
+    auc_calibrated : of that against the base's, by the score that tells more of two: the difference of the
+        probabilities, and that of their logarithms. The first tells more where one row weighs much, the second where it
+        weighs little. A figure below 0.5 tells as much as one as far above, to whoever knows the direction.
     """
 
     max_weight: float
@@ -236,7 +237,8 @@ def report_of(metric: Metric, max_weights: Sequence[float], members: Answers, ot
             _attack(of_members, of_others, members, others)
             for of_members, of_others in zip(members.calibrated[:, place], others.calibrated[:, place], strict=True)
         ]
-        caps.append(Capped(float(cap), figures.corrected, figures.gain, alone, max(beside, key=float)))
+        told = max(beside, key=lambda found: abs(found.value - 0.5))
+        caps.append(Capped(float(cap), figures.corrected, figures.gain, alone, told))
     assert base is not None
     return PrivacyReport(
         metric,
