@@ -146,6 +146,20 @@ def test_a_row_that_finds_itself_is_told_from_others_and_a_cap_hides_it() -> Non
     assert report.auc_nearest == Estimate(1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_how_numbers_are_stored_tells_nothing(dtype: str) -> None:
+    """A base that says the same of every row, which no type holds exactly: members have no rounder numbers."""
+    problem = classification(300, 300, c=3)
+    third = np.full((300, 3), 1 / 3)
+    same = replace(problem, predictions=third, said=third)
+    memory = memory_of(same, key_dtype=dtype, prediction_dtype=dtype)
+    assert audited(same, memory=memory).auc_base == Estimate(0.5, 0.5, 0.5)
+    values = regression(300, 300)
+    zero = replace(values, predictions=values.labels, said=labels_for(values))  # a base without an error
+    memory = memory_of(zero, key_dtype=dtype, prediction_dtype=dtype)
+    assert audited(zero, VALUES, memory).auc_base == Estimate(0.5, 0.5, 0.5)
+
+
 def test_others_that_are_in_the_memory_too_cannot_be_told_from_members() -> None:
     """Keys a hair beside the stored ones, with the same labels and predictions: the audit sees no difference."""
     problem = classification(400, 400, seed=1)

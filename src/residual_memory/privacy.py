@@ -28,7 +28,7 @@ from residual_memory.evaluation import HeldOut, Metric, Setting, summarize
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
 from residual_memory.metrics import Estimate, auc
 from residual_memory.types import Task
-from residual_memory.validation import as_count, as_fraction
+from residual_memory.validation import as_count, as_fraction, as_keys
 
 MAX_WEIGHTS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 N_MEMBERS = 10_000
@@ -167,7 +167,7 @@ def audit_privacy(
     ----------
     memory : what is attacked.
     keys, labels, predictions : rows that are not in the memory, drawn like those that are: keys [q d], labels, base
-        predictions at temperature 1.
+        predictions at temperature 1. They are rounded as the memory rounds its rows.
     setting : how the memory is used, chosen on other rows.
     max_weights : caps to try, each as in `ResidualKNN`. The setting is not tuned again under a cap.
     n_members : rows to draw; all of them where the memory holds fewer.
@@ -201,7 +201,7 @@ def audit_privacy(
             "the memory keeps parts of its predictions alone (top-m), so what the base said of its rows is not known; "
             "run the model on their text instead, as experiments/privacy.py does"
         )
-    others = HeldOut.checked(memory, keys, labels, predictions, None, groups)
+    others = _as_stored(memory, HeldOut.checked(memory, keys, labels, predictions, None, groups))
     _check_held_out(memory, others)
     knn = setting.knn(memory, index=index)
     members, member_groups = _drawn(memory, others.metric, as_count("n_members", n_members), seed)
@@ -274,6 +274,19 @@ def _check_held_out(memory: Memory, rows: HeldOut) -> None:
         )
 
 
+def _as_stored(memory: Memory, rows: HeldOut) -> HeldOut:
+    """Rows rounded as the memory rounds its own: otherwise the last bits would tell them apart."""
+    columns = {name: memory.snapshot.column(name).dtype for name in ("keys", "predictions", "labels")}
+    keys = _rounded(as_keys(rows.keys, metric=memory.layout.metric), columns["keys"])
+    labels = _rounded(rows.labels, columns["labels"]) if memory.layout.task == "regression" else rows.labels
+    return replace(rows, keys=keys, labels=labels, predictions=_rounded(rows.predictions, columns["predictions"]))
+
+
+def _rounded(values: ndarray, dtype: np.dtype) -> ndarray:
+    stored = values.astype(dtype)
+    return stored.astype(np.float32) if dtype == np.float16 else stored
+
+
 def _drawn(memory: Memory, metric: Metric, count: int, seed: int) -> tuple[HeldOut, Shaped[ndarray, " m"] | None]:
     """Rows of the memory, as they are stored, and their groups."""
     snapshot = memory.snapshot
@@ -281,8 +294,7 @@ def _drawn(memory: Memory, metric: Metric, count: int, seed: int) -> tuple[HeldO
     if len(alive) < 2:
         raise InvalidInput(f"the memory holds {len(alive)} rows, expected at least 2 to attack")
     rows = np.sort(np.random.default_rng(seed).choice(alive, min(count, len(alive)), replace=False))
-    keys = snapshot.keys.take(rows)
-    keys = keys.astype(np.float32) if keys.dtype == np.float16 else keys
+    keys = _rounded(snapshot.keys.take(rows), snapshot.keys.dtype)
     groups = snapshot.group_column
     drawn = HeldOut(metric, keys, snapshot.targets(rows), snapshot.predictions(rows))
     return drawn, None if groups is None else groups.take(rows)

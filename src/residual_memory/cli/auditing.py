@@ -52,8 +52,8 @@ def privacy(
     options.check_index(index, memory.layout.dim)
     caps = [as_fraction("--max-weight", value, above_zero=True) for value in max_weight or MAX_WEIGHTS]
     count = as_count("--members", members)
-    setting = saved_setting(memory)
     rows = read_all(open_rows(data, memory, Reading(model, outputs, batch_size, image_size)), memory)
+    setting = saved_setting(memory)
     found = audit_privacy(
         memory,
         rows.keys,
