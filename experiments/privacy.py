@@ -35,7 +35,15 @@ from residual_memory.models.base import KeyChoice
 from residual_memory.models.transformers import ResMemForCausalLM, held_out_tokens, token_scores
 from residual_memory.models.transformers import Seen as SeenTokens
 from residual_memory.models.vocabulary import Said
-from residual_memory.privacy import MAX_WEIGHTS, Answers, PrivacyReport, audit_privacy, compared, report_of
+from residual_memory.privacy import (
+    MAX_WEIGHTS,
+    Answers,
+    PrivacyReport,
+    audit_privacy,
+    compared,
+    most_telling,
+    report_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,11 +198,12 @@ def capped(seen: SeenTokens, setting: LanguageSetting, cap: float) -> SeenTokens
 
 def by_window(members: Answers, others: Answers, cap: int) -> Estimate:
     """The attack on whole windows, by the mean over their tokens; windows that begin in one document are one draw."""
+    ways = [[asked.corrected[cap], *asked.calibrated[:, cap]] for asked in (members, others)]
     found = []
-    for way in range(2):
-        means, groups = zip(*(_means(asked, asked.calibrated[way, cap]) for asked in (members, others)), strict=True)
+    for scores in zip(*ways, strict=True):
+        means, groups = zip(*map(_means, (members, others), scores), strict=True)
         found.append(auc(*means, positive_groups=groups[0], negative_groups=groups[1]))
-    return max(found, key=lambda area: abs(area.value - 0.5))
+    return most_telling(found)
 
 
 def _means(asked: Answers, scores: ndarray) -> tuple[ndarray, Shaped[ndarray, " w"]]:

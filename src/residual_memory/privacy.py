@@ -74,9 +74,11 @@ class Capped:
     corrected : accuracy (a fraction) or RMSE (in the target's unit) on the held-out rows.
     gain : of corrected over base, paired by row; more is better whatever the metric.
     auc_corrected : of the corrected confidence in the true label.
-    auc_calibrated : of that against the base's, by the score that tells more of two: the difference of the
-        probabilities, and that of their logarithms. The first tells more where one row weighs much, the second where it
-        weighs little. A figure below 0.5 tells as much as one as far above, to whoever knows the direction.
+    auc_calibrated : for who has the base too, by the score that tells most of three: that confidence alone, its
+        difference from the base's, and the difference of their logarithms.
+
+    An area below 0.5 tells as much as one as far above, to whoever knows the direction: a tight cap cuts more from rows
+    that find themselves than from others, whose corrections are then the larger ones.
     """
 
     max_weight: float
@@ -237,8 +239,7 @@ def report_of(metric: Metric, max_weights: Sequence[float], members: Answers, ot
             _attack(of_members, of_others, members, others)
             for of_members, of_others in zip(members.calibrated[:, place], others.calibrated[:, place], strict=True)
         ]
-        told = max(beside, key=lambda found: abs(found.value - 0.5))
-        caps.append(Capped(float(cap), figures.corrected, figures.gain, alone, told))
+        caps.append(Capped(float(cap), figures.corrected, figures.gain, alone, most_telling([alone, *beside])))
     assert base is not None
     return PrivacyReport(
         metric,
@@ -249,6 +250,11 @@ def report_of(metric: Metric, max_weights: Sequence[float], members: Answers, ot
         _attack(-members.nearest, -others.nearest, members, others),
         tuple(caps),
     )
+
+
+def most_telling(areas: Sequence[Estimate]) -> Estimate:
+    """The area that is farthest from a coin's."""
+    return max(areas, key=lambda area: abs(area.value - 0.5))
 
 
 def _attack(
