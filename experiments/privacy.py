@@ -279,12 +279,12 @@ def figure(rows: Sequence[Row]) -> "Figure":
 
     measured = {name: curve for name, curve in curves(rows).items() if not name.endswith(HELD_OUT)}
     drawn = Figure(figsize=(3.3 * len(measured) + 0.4, 4.8), layout="constrained")
-    grid = drawn.subplots(2, len(measured), sharex=True, sharey="row", squeeze=False)
+    grid = drawn.subplots(2, len(measured), sharex="col", sharey="row", squeeze=False)
     for place, (name, curve) in enumerate(measured.items()):
         _attacks(grid[0, place], curve)
         _gains(grid[1, place], curve)
         grid[0, place].set_title(f"{name} ({curve[0]['rows']:,} rows)", fontsize=9)
-        grid[1, place].set_xlabel("max_weight: the most that one row may contribute")
+        grid[1, place].set_xlabel("max_weight")
     grid[0, 0].set_ylabel("AUC of the attack")
     grid[1, 0].set_ylabel("gain in accuracy, points")
     handles, labels = grid[0, 0].get_legend_handles_labels()

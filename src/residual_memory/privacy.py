@@ -165,6 +165,9 @@ def audit_privacy(
     deployed base says of its own training rows, so `auc_base` is then of other bases than the one that is deployed, and
     lower. The attacks guess "member" by how sure the answer is of the true label.
 
+    If more than a twentieth of the held-out keys are in the memory bit for bit, the attacks look weaker than they are, and
+    a `HeldRows` warning says so.
+
     Parameters
     ----------
     memory : what is attacked.
@@ -174,13 +177,9 @@ def audit_privacy(
     max_weights : caps to try, each as in `ResidualKNN`. The setting is not tuned again under a cap.
     n_members : rows to draw; all of them where the memory holds fewer.
     seed : of the draw.
-    index : as in `ResidualKNN`.
+    index : as in `ResidualKNN`. An approximate one may miss rows that ask for themselves; what it hides, another one
+        shows.
     groups : held-out rows of one group count as one draw in the intervals; members do by the memory's own groups.
-
-    Warns
-    -----
-    HeldRows : if more than a twentieth of the held-out keys are in the memory bit for bit: the figures are then too
-        low.
 
     Raises
     ------

@@ -17,6 +17,8 @@ from residual_memory.metrics import auc
 from residual_memory.privacy import MAX_WEIGHTS, Answers
 from tests.experiments.test_language import needs_text
 
+ROOT = RESULTS.parents[1]
+
 
 def language() -> tuple[T5DecoderLM, rm.Memory, list[dict[str, np.ndarray]]]:
     torch.manual_seed(0)
@@ -87,6 +89,22 @@ def test_the_committed_results_say_that_a_memory_tells_and_a_cap_hides_at_a_cost
         assert abs(tight["auc_calibrated"] - 0.5) < abs(loose["auc_calibrated"] - 0.5)
         assert tight["gain"] <= loose["gain"]
         assert loose["auc_nearest"] > 0.99
+
+
+def test_the_page_shows_the_committed_figures() -> None:
+    page, rows = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8"), committed()
+    names = [name for name in privacy.curves(rows) if not name.endswith(privacy.HELD_OUT)]
+    assert privacy.page_table(rows, names) in page
+    held = {name: curve for name, curve in privacy.curves(rows).items() if name.endswith(privacy.HELD_OUT)}
+    choice = page.partition("## Which cap")[2].partition("## What it is not")[0]
+    for curve in held.values():
+        loose, chosen = curve[0], next(row for row in curve if row["max_weight"] == 0.1)
+        tighter = next(row for row in curve if row["max_weight"] == 0.05)
+        assert chosen["gain"] >= 0.75 * loose["gain"]
+        assert f"{100 * chosen['gain']:+.2f} of {100 * loose['gain']:+.2f}" in " ".join(choice.split())
+        assert all(f"{row['auc_calibrated']:.3f}" in choice for row in (loose, chosen))
+        assert tighter["gain"] < chosen["gain"]
+    assert any(curve[4]["gain"] < 0.75 * curve[0]["gain"] for curve in held.values())  # at 0.05
 
 
 def test_the_figure_has_a_column_a_memory_and_shows_test_rows_alone() -> None:
