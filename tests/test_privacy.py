@@ -226,14 +226,32 @@ def test_held_out_rows_that_the_memory_holds_are_refused_or_pointed_out() -> Non
         audited(with_held(30), memory=memory)  # forgotten rows are not held
 
 
-def test_the_verdict_sets_the_largest_cap_against_the_smallest() -> None:
-    report = audited(classification(60, 40), max_weights=(0.05, 1.0))
-    loose, tight = report.caps[1], report.caps[0]
-    assert f"AUC {loose.auc_calibrated.value:.3f} ± " in report.verdict
-    assert f"with {tight.auc_calibrated.value:.3f} ± " in report.verdict
-    assert f"{100 * tight.corrected.value:.1f} % instead of {100 * loose.corrected.value:.1f} %" in report.verdict
-    assert "RMSE" in audited(regression(60, 40), VALUES).verdict
-    assert "instead" not in audited(classification(60, 40), max_weights=(1.0,)).verdict
+def report_with(**areas: float) -> PrivacyReport:
+    """A real report whose caps have these areas."""
+    report = audited(classification(60, 40), max_weights=tuple(float(name.removeprefix("at_")) / 100 for name in areas))
+    caps = tuple(
+        replace(cap, auc_calibrated=Estimate(area, area - 0.01, area + 0.01))
+        for cap, area in zip(report.caps, areas.values(), strict=True)
+    )
+    return replace(report, caps=caps)
+
+
+def test_the_verdict_sets_the_loosest_cap_against_the_one_that_hides_most() -> None:
+    """An area of 0.28 tells more than one of 0.57."""
+    report = report_with(at_5=0.28, at_100=0.9, at_10=0.57)
+    best = report.caps[2]
+    assert "AUC 0.900 ± 0.010 at max_weight 1," in report.verdict
+    assert "at best 0.570 ± 0.010 at 0.1," in report.verdict
+    assert (
+        f"{100 * best.corrected.value:.1f} % instead of {100 * report.caps[1].corrected.value:.1f} %" in report.verdict
+    )
+    assert "at best" not in report_with(at_100=0.9).verdict
+    assert "at best" not in report_with(at_100=0.5, at_5=0.3).verdict
+
+
+def test_the_verdict_of_a_regression_is_in_its_unit() -> None:
+    report = audited(regression(60, 40), VALUES)
+    assert "%" not in report.verdict
 
 
 def test_a_report_as_a_dictionary_is_json_with_every_interval() -> None:

@@ -117,8 +117,9 @@ class PrivacyReport:
 
     @property
     def verdict(self) -> str:
-        """The largest and the smallest cap against each other, in one line."""
-        loose, tight = (pick(self.caps, key=lambda cap: cap.max_weight) for pick in (max, min))
+        """The loosest cap against the one that hides most, in one line."""
+        loose = max(self.caps, key=lambda cap: cap.max_weight)
+        tight = min(self.caps, key=lambda cap: abs(cap.auc_calibrated.value - 0.5))
         told = f"members are told from others with AUC {_short(loose.auc_calibrated)}"
         told += f" at max_weight {loose.max_weight:g}, {_short(self.auc_base)} by the base alone"
         if tight.max_weight == loose.max_weight:
@@ -128,7 +129,7 @@ class PrivacyReport:
             if self.metric == "accuracy"
             else f"RMSE {tight.corrected.value:.4g} instead of {loose.corrected.value:.4g}"
         )
-        return f"{told}; with {_short(tight.auc_calibrated)} at {tight.max_weight:g}, {cost}"
+        return f"{told}; at best {_short(tight.auc_calibrated)} at {tight.max_weight:g}, {cost}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: every figure with its ends, and a list of the caps."""
@@ -165,8 +166,8 @@ def audit_privacy(
     deployed base says of its own training rows, so `auc_base` is then of other bases than the one that is deployed, and
     lower. The attacks guess "member" by how sure the answer is of the true label.
 
-    If more than a twentieth of the held-out keys are in the memory bit for bit, the attacks look weaker than they are, and
-    a `HeldRows` warning says so.
+    If more than a twentieth of the held-out keys are in the memory bit for bit, the attacks look weaker than they are,
+    and a `HeldRows` warning says so.
 
     Parameters
     ----------

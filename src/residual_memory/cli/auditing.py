@@ -15,7 +15,8 @@ from residual_memory.privacy import MAX_WEIGHTS, N_MEMBERS, PrivacyReport, audit
 from residual_memory.validation import as_count, as_fraction
 
 MEANING = (
-    "An AUC is how often a member looks more like one than another row does: at 0.5 nobody can tell, at 1 everybody. "
+    "An AUC is how often a member looks more like one than another row does: at 0.5 nobody can tell, at 1 everybody, "
+    "and what is as far below 0.5 tells as much. "
     "These are plain attacks on average rows, so the figures are no bound: a better attack, or an unusual row, may "
     "give more away."
 )
