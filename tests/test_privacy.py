@@ -226,20 +226,19 @@ def test_held_out_rows_that_the_memory_holds_are_refused_or_pointed_out() -> Non
         audited(with_held(30), memory=memory)  # forgotten rows are not held
 
 
-def report_with(**areas: float) -> PrivacyReport:
+def report_with(problem: Problem | None = None, setting: Setting = SETTING, **areas: float) -> PrivacyReport:
     """A real report whose caps have these areas."""
-    report = audited(classification(60, 40), max_weights=tuple(float(name.removeprefix("at_")) / 100 for name in areas))
-    caps = tuple(
-        replace(cap, auc_calibrated=Estimate(area, area - 0.01, area + 0.01))
-        for cap, area in zip(report.caps, areas.values(), strict=True)
-    )
-    return replace(report, caps=caps)
+    caps = tuple(float(name.removeprefix("at_")) / 100 for name in areas)
+    report = audited(problem or classification(60, 40), setting, max_weights=caps)
+    given = zip(report.caps, areas.values(), strict=True)
+    changed = (replace(cap, auc_calibrated=Estimate(area, area - 0.01, area + 0.01)) for cap, area in given)
+    return replace(report, caps=tuple(changed))
 
 
 def test_the_verdict_sets_the_loosest_cap_against_the_one_that_hides_most() -> None:
     """An area of 0.28 tells more than one of 0.57."""
     report = report_with(at_5=0.28, at_100=0.9, at_10=0.57)
-    best = report.caps[2]
+    loose, best = report.caps[1], report.caps[2]
     assert "AUC 0.900 ± 0.010 at max_weight 1," in report.verdict
     assert "at best 0.570 ± 0.010 at 0.1," in report.verdict
     assert (
@@ -250,8 +249,9 @@ def test_the_verdict_sets_the_loosest_cap_against_the_one_that_hides_most() -> N
 
 
 def test_the_verdict_of_a_regression_is_in_its_unit() -> None:
-    report = audited(regression(60, 40), VALUES)
-    assert "%" not in report.verdict
+    report = report_with(regression(60, 40), VALUES, at_100=0.9, at_10=0.6)
+    loose, tight = (f"{cap.corrected.value:.4g}" for cap in report.caps)
+    assert report.verdict.endswith(f"RMSE {tight} instead of {loose}")
 
 
 def test_a_report_as_a_dictionary_is_json_with_every_interval() -> None:
