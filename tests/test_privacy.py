@@ -241,9 +241,7 @@ def test_the_verdict_sets_the_loosest_cap_against_the_one_that_hides_most() -> N
     loose, best = report.caps[1], report.caps[2]
     assert "AUC 0.900 ± 0.010 at max_weight 1," in report.verdict
     assert "at best 0.570 ± 0.010 at 0.1," in report.verdict
-    assert (
-        f"{100 * best.corrected.value:.1f} % instead of {100 * report.caps[1].corrected.value:.1f} %" in report.verdict
-    )
+    assert f"{100 * best.corrected.value:.1f} % instead of {100 * loose.corrected.value:.1f} %" in report.verdict
     assert "at best" not in report_with(at_100=0.9).verdict
     assert "at best" not in report_with(at_100=0.5, at_5=0.3).verdict
 
