@@ -9,7 +9,7 @@ WORKERS ?= 2
 PACKED ?= ../shared/data
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/residual-memory
 
-.PHONY: install data demo test check bench docs clean
+.PHONY: install data demo test check bench torture docs clean
 
 install: $(READY)
 
@@ -38,6 +38,10 @@ bench: $(READY) data
 	$(BIN)/python -m benchmarks core
 	$(BIN)/python -m benchmarks language
 	$(BIN)/python -m benchmarks tables
+	$(BIN)/python -m benchmarks durability
+
+torture: $(READY)
+	$(BIN)/python -m benchmarks torture
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

@@ -8,6 +8,7 @@ RECIPES = {
     "language": "experiments.language.table",
     "language-words": "experiments.language.words",
     "linear-regression": "experiments.linear_regression",
+    "privacy": "experiments.privacy",
     "roses": "experiments.cifar100.roses",
     "sample-size": "experiments.cifar100.sample_size",
     "tabular": "experiments.tabular",

@@ -132,13 +132,22 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert public - named == set()
 
 
+def names_of(app: Any) -> list[str]:
+    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
 def test_the_command_page_lists_the_commands_that_there_are() -> None:
     from residual_memory.cli.main import app
 
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     table = page.partition("## Exit codes")[0]
-    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    listed = re.findall(r"^\| `([\w ]+)` \|", table, re.MULTILINE)
+    names = names_of(app) + [
+        f"{group.name} {name}"
+        for group in app.registered_groups
+        if group.typer_instance
+        for name in names_of(group.typer_instance)
+    ]
     assert sorted(listed) == sorted(names)
 
 

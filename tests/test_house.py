@@ -22,7 +22,7 @@ LAYERS = [
     {"memory", "indexes"},
     {"correction", "metric_learning"},
     {"explanation", "evaluation", "language"},
-    {"tuning"},
+    {"tuning", "privacy"},
     {"models", "theory", "figures", "exchange"},
     {"demo", "selftest"},
     {"server"},

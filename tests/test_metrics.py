@@ -194,3 +194,86 @@ def test_errors_of_values_and_targets_of_other_shapes_are_refused() -> None:
         metrics.squared_errors(np.zeros((2, 3)), np.zeros((3, 2)))
     with pytest.raises(DimensionMismatch):
         metrics.recall(np.zeros((2, 3)), np.zeros((2, 2)))
+
+
+# ---------------------------------------------------------------------- auc
+
+
+def delong(above: ndarray, below: ndarray) -> tuple[float, float]:
+    """The area and its standard error from every pair, as in the paper: one row a positive, one column a negative."""
+    won = (above[:, None] > below) + 0.5 * (above[:, None] == below)
+    by_positive, by_negative = won.mean(axis=1), won.mean(axis=0)
+    variance = by_positive.var(ddof=1) / len(above) + by_negative.var(ddof=1) / len(below)
+    return float(won.mean()), float(np.sqrt(variance))
+
+
+@pytest.mark.parametrize("levels", [None, 3, 1])
+@pytest.mark.parametrize("sizes", [(300, 200), (2, 5)])
+def test_auc_equals_a_count_of_pairs_and_scikit_learns(sizes: tuple[int, int], levels: int | None) -> None:
+    random = np.random.default_rng(0)
+    above, below = random.normal(0.4, 1, sizes[0]), random.normal(0, 1, sizes[1])
+    if levels:
+        above, below = np.round(above * levels) / levels, np.round(below * levels) / levels
+    found = metrics.auc(above, below)
+    value, error = delong(above, below)
+    scores, truth = np.concatenate([above, below]), np.repeat([1, 0], sizes)
+    assert found.value == pytest.approx(sklearn.metrics.roc_auc_score(truth, scores), abs=1e-12)
+    assert found.value == pytest.approx(value, abs=1e-12)
+    assert found.low == pytest.approx(max(value - metrics.Z95 * error, 0), abs=1e-12)
+    assert found.high == pytest.approx(min(value + metrics.Z95 * error, 1), abs=1e-12)
+
+
+def test_auc_of_equal_scores_is_a_half_and_of_separate_ones_the_whole() -> None:
+    assert metrics.auc(np.ones(5), np.ones(7)) == metrics.Estimate(0.5, 0.5, 0.5)
+    assert metrics.auc([3.0, np.inf], [-np.inf, 1.0, 2.0]) == metrics.Estimate(1.0, 1.0, 1.0)
+    assert metrics.auc([1.0, 2.0], [3.0, 4.0]).value == 0
+
+
+def test_auc_does_not_change_with_the_unit_and_turns_with_the_sides() -> None:
+    random = np.random.default_rng(1)
+    above, below = random.normal(0.5, 1, 80), random.normal(0, 1, 60)
+    found, swapped = metrics.auc(above, below), metrics.auc(below, above)
+    assert metrics.auc(np.exp(above), np.exp(below)) == found
+    assert swapped.value == pytest.approx(1 - found.value)
+    assert swapped.margin == pytest.approx(found.margin)
+
+
+def test_the_interval_of_auc_covers_the_truth_as_often_as_it_says() -> None:
+    """Of normal scores a unit apart the area is Φ(1/√2)."""
+    random, truth = np.random.default_rng(2), 0.7602499389065233
+    found = [metrics.auc(random.normal(1, 1, 60), random.normal(0, 1, 40)) for _ in range(1000)]
+    covered = np.mean([one.low <= truth <= one.high for one in found])
+    assert 0.92 < covered < 0.97
+
+
+def test_scores_of_one_document_are_one_draw_in_the_interval_of_auc() -> None:
+    """With every score repeated eight times, groups give the interval of the scores that there really are."""
+    random = np.random.default_rng(3)
+    above, below = random.normal(0.5, 1, 50), random.normal(0, 1, 40)
+    groups = {"positive_groups": np.repeat(np.arange(50), 8), "negative_groups": np.repeat(np.arange(40), 8)}
+    repeated = np.repeat(above, 8), np.repeat(below, 8)
+    alone, grouped = metrics.auc(above, below), metrics.auc(*repeated, **groups)
+    assert grouped.low == pytest.approx(alone.low, abs=1e-12)
+    assert grouped.high == pytest.approx(alone.high, abs=1e-12)
+    assert metrics.auc(*repeated).margin < alone.margin / 2
+    one = metrics.auc(above, below, positive_groups=np.zeros(50, int))
+    assert (one.low, one.high) == (0, 1)  # nothing is known of other documents
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "said"),
+    [
+        ([1.0], [1.0, 2.0], "positives have shape"),
+        ([1.0, 2.0], [], "negatives have shape"),
+        ([[1.0, 2.0]], [1.0, 2.0], "one axis"),
+        ([1.0, 2.0], [0.0, np.nan], r"negatives\[1\] is NaN"),
+    ],
+)
+def test_auc_refuses_what_has_no_ranks(above: Any, below: Any, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        metrics.auc(above, below)
+
+
+def test_auc_refuses_groups_that_are_not_one_a_score() -> None:
+    with pytest.raises(DimensionMismatch, match="one a score: 3"):
+        metrics.auc([1.0, 2.0], [1.0, 2.0, 3.0], negative_groups=[0, 1])

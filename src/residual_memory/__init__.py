@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         observe,
     )
     from residual_memory.models.transformers import ResMemForCausalLM, tune_language
+    from residual_memory.privacy import PrivacyReport, audit_privacy
     from residual_memory.residuals import temper, top_m
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
@@ -68,6 +69,8 @@ _ROOMS = {
     "key_choices": "models.torch",
     "exportable": "models.torch",
     "observe": "models.torch",
+    "PrivacyReport": "privacy",
+    "audit_privacy": "privacy",
     "temper": "residuals",
     "top_m": "residuals",
     "Evaluation": "evaluation",
@@ -93,6 +96,7 @@ __all__ = [
     "Memory",
     "Neighbors",
     "Observations",
+    "PrivacyReport",
     "ResMemClassifier",
     "ResMemForCausalLM",
     "ResMemModule",
@@ -105,6 +109,7 @@ __all__ = [
     "TuningResult",
     "Windows",
     "__version__",
+    "audit_privacy",
     "build_memory",
     "choose_keys",
     "correct",

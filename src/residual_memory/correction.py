@@ -584,6 +584,16 @@ def residual_average(
     return total
 
 
+def residual_averages(
+    snapshot: Snapshot, rows: Int64[ndarray, "q k"], weights: Float[ndarray, "q s k"], temperature: float
+) -> Float[ndarray, "q s c"]:
+    """Σ w r of the same neighbours under s settings of the weights; all residuals of these queries are held at once."""
+    if not snapshot.n_rows:
+        return np.zeros((*weights.shape[:2], snapshot.layout.n_outputs), np.float32)
+    residuals = _gathered(snapshot, rows, temperature, None)
+    return np.matmul(weights.astype(residuals.dtype), residuals)
+
+
 def _gathered(
     snapshot: Snapshot, rows: Int64[ndarray, "q k"], temperature: float, table: Float[ndarray, "n c"] | None
 ) -> Float[ndarray, "q k c"]:

@@ -17,6 +17,7 @@ ResidualMemoryError
 
 ResidualMemoryWarning (UserWarning)
 ├── FewerNeighbors                   more neighbours were asked for than there are rows
+├── HeldRows                         rows that are said to be held out are in the memory
 ├── InSampleResiduals                the base knows its training data too well for residuals to mean much
 └── UncalibratedScores               probabilities were made of scores that are none
 """
@@ -93,6 +94,10 @@ class ResidualMemoryWarning(UserWarning):
 
 class FewerNeighbors(ResidualMemoryWarning):
     """More neighbours were asked for than the memory has rows."""
+
+
+class HeldRows(ResidualMemoryWarning):
+    """Rows that are said to be held out are in the memory, so figures on them say something else."""
 
 
 class InSampleResiduals(ResidualMemoryWarning):

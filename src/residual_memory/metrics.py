@@ -147,6 +147,44 @@ def recall(distances: ArrayLike, true_distances: ArrayLike, tolerance: float = 1
     return float((found <= true[:, -1:] + tolerance).mean())
 
 
+def auc(
+    positives: ArrayLike,
+    negatives: ArrayLike,
+    *,
+    positive_groups: ArrayLike | None = None,
+    negative_groups: ArrayLike | None = None,
+) -> Estimate:
+    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+
+    The 95 % interval is DeLong's.
+
+    Parameters
+    ----------
+    positives, negatives : scores [m] and [n], in any unit; infinite ones have a rank too. The interval is normal, and
+        has no width where the two do not overlap at all.
+    positive_groups, negative_groups : scores of one group (a document) are counted as one draw; a group of positives is
+        taken to be independent of every group of negatives.
+
+    Raises
+    ------
+    InvalidInput : if there are fewer than two scores of a kind, or one is NaN.
+    DimensionMismatch : if groups are not one a score.
+
+    References
+    ----------
+    DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
+    characteristic curves: a nonparametric approach", Biometrics 44, 1988.
+    Obuchowski, "Nonparametric analysis of clustered ROC curve data", Biometrics 53, 1997.
+    """
+    above = _scores("positives", positives, positive_groups)
+    below = _scores("negatives", negatives, negative_groups)
+    # Of each positive the part of the negatives below it, and of each negative the part of the positives above it.
+    beaten = mean_interval(_part_below(above, np.sort(below)), positive_groups)
+    beating = mean_interval(1 - _part_below(below, np.sort(above)), negative_groups)
+    margin = float(np.hypot(beaten.margin, beating.margin))
+    return Estimate(beaten.value, max(beaten.value - margin, 0.0), min(beaten.value + margin, 1.0))
+
+
 def mean_interval(values: ArrayLike, groups: ArrayLike | None = None) -> Estimate:
     """The mean of per-row numbers (or of per-row differences, paired) with its normal 95 % interval.
 
@@ -200,6 +238,23 @@ def bootstrap_interval(
         figures.append(statistic(np.concatenate([members[i] for i in drawn]) if groups is not None else drawn))
     low, high = np.quantile(figures, [0.025, 0.975])
     return Estimate(statistic(np.arange(n_rows)), float(low), float(high))
+
+
+def _scores(name: str, scores: ArrayLike, groups: ArrayLike | None) -> Float[ndarray, " n"]:
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise InvalidInput(f"{name} have shape {values.shape}, expected one axis and at least two scores")
+    if np.isnan(values).any():
+        raise InvalidInput(f"{name}[{int(np.isnan(values).argmax())}] is NaN, which has no rank")
+    if groups is not None and np.shape(groups) != values.shape:
+        raise DimensionMismatch(f"groups of {name} have shape {np.shape(groups)}, expected one a score: {len(values)}")
+    return values
+
+
+def _part_below(scores: Float[ndarray, " m"], ascending: Float[ndarray, " n"]) -> Float[ndarray, " m"]:
+    """How much of the others each score exceeds; equal ones count half."""
+    sides = np.searchsorted(ascending, scores, "left") + np.searchsorted(ascending, scores, "right")
+    return sides / (2 * len(ascending))
 
 
 def _members(groups: Shaped[ndarray, " q"]) -> list[Int64[ndarray, " m"]]:

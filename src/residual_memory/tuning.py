@@ -13,7 +13,14 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import Averages, ResidualKNN, label_average, neighbor_weights, to_probabilities
+from residual_memory.correction import (
+    Averages,
+    ResidualKNN,
+    label_average,
+    neighbor_weights,
+    residual_averages,
+    to_probabilities,
+)
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Evaluation, HeldOut, Metric, Setting, summarize
 from residual_memory.gate import fit_gate
@@ -294,7 +301,7 @@ def _losses_of_all(
             alone[place, here] = some.losses_alone(averages[:, place])
         place = 0
         for temperature in temperatures:
-            residuals = _corrections(snapshot, listed.rows, weights, temperature)
+            residuals = residual_averages(snapshot, listed.rows, weights, temperature)
             base = tempered(some.predictions, temperature)
             for share in shares:
                 corrections = [
@@ -329,17 +336,6 @@ def weights_of(
         near = among[:, :k, :k] if among is not None and shape.kernel == KRIGING else None
         weights[:, place, :k] = neighbor_weights(keys, found.first(k), shape.weighting(), near)
     return weights
-
-
-def _corrections(
-    snapshot: Snapshot, rows: Int64[ndarray, "q k"], weights: Float[ndarray, "q s k"], temperature: float
-) -> Float[ndarray, "q s c"]:
-    """Σ w r for every k and bandwidth at once."""
-    shape = (*rows.shape, snapshot.layout.n_outputs)
-    if not snapshot.n_rows:
-        return np.zeros((*weights.shape[:2], snapshot.layout.n_outputs), np.float32)
-    residuals = snapshot.residuals(np.maximum(rows, 0).ravel(), temperature).reshape(shape)
-    return np.matmul(weights.astype(residuals.dtype), residuals)
 
 
 def row_folds(n: int, groups: ArrayLike | None, n_folds: int, seed: int) -> Int64[ndarray, " q"]:

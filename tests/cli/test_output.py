@@ -17,6 +17,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("build", "mem", "--data", "train.npz"),
     ("tune", "mem", "--data", "held.npz"),
     ("evaluate", "mem", "--data", "held.npz"),
+    ("audit", "privacy", "mem", "--data", "held.npz"),
     ("predict", "mem", "--data", "held.npz"),
     ("predict", "mem", "--data", "held.npz", "--out", "out.csv"),
     ("explain", "mem", "--data", "held.npz", "--row", "3"),

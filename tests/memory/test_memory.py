@@ -735,13 +735,18 @@ def test_reading_processes_always_see_one_committed_version(tmp_path: Path) -> N
 # ---------------------------------------------------------------------- any sequence of changes
 
 
+def owner_of(row: int) -> str:
+    return f"owner {row % 3}"
+
+
 class AnySequence(RuleBasedStateMachine):
-    """Add, forget, compact, reopen and query in any order, beside a dict that does the same."""
+    """Add, forget by id or by owner, compact, reopen and query in any order, beside a dict that does the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self.problem = classification(n=40, d=2, c=3)
         self.held: dict[int, int] = {}  # id → row of the problem
+        self.carrying: set[int] = set()  # ids of the rows that have an owner and a snippet
         self.memory: Memory | None = None
 
     @initialize(folder=st.booleans(), layout=st.sampled_from(sorted(LAYOUTS)))
@@ -754,7 +759,9 @@ class AnySequence(RuleBasedStateMachine):
     @rule(rows=st.lists(st.integers(0, 39), max_size=6))
     def add(self, rows: list[int]) -> None:
         assert self.memory is not None
-        ids = grow(self.memory, self.problem, np.array(rows, int))
+        carrying = {"owners": [owner_of(row) for row in rows], "snippets": [f"row {row}" for row in rows]}
+        ids = grow(self.memory, self.problem, np.array(rows, int), **(carrying if len(rows) % 2 else {}))
+        self.carrying |= set(ids.tolist()) if len(rows) % 2 else set()
         assert not set(ids.tolist()) & set(self.held)
         self.held.update(zip(ids.tolist(), rows, strict=True))
 
@@ -765,6 +772,14 @@ class AnySequence(RuleBasedStateMachine):
         ids = data.draw(st.lists(st.sampled_from(sorted(self.held)), min_size=1, max_size=4))
         self.memory.forget(ids)
         for name in set(ids):
+            del self.held[name]
+
+    @rule(number=st.integers(0, 2))
+    def forget_an_owner(self, number: int) -> None:
+        assert self.memory is not None
+        theirs = {i for i, row in self.held.items() if i in self.carrying and owner_of(row) == owner_of(number)}
+        assert self.memory.forget(where={"owner": owner_of(number)}) == len(theirs)
+        for name in theirs:
             del self.held[name]
 
     @rule()
@@ -796,6 +811,8 @@ class AnySequence(RuleBasedStateMachine):
         held = self.memory.snapshot
         np.testing.assert_array_equal(held.targets(held.rows_of(ids)), self.whole.targets(rows))
         np.testing.assert_array_equal(held.predictions(held.rows_of(ids)), self.whole.predictions(rows))
+        snippets = [f"row {row}" if number in self.carrying else "" for number, row in self.held.items()]
+        assert self.memory.attributes(ids).snippets == snippets
 
     def teardown(self) -> None:
         if self.memory is not None:

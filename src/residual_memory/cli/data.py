@@ -23,7 +23,7 @@ from residual_memory.exchange.rows import COLUMNS
 from residual_memory.memory import Memory
 from residual_memory.models.base import Source
 from residual_memory.progress import progress_bar
-from residual_memory.validation import as_count, as_keys
+from residual_memory.validation import as_count
 from residual_memory.windows import TextFile
 
 _EXPECTED = (
@@ -216,22 +216,3 @@ def read_all(rows: Rows, memory: Memory) -> Queries:
         np.concatenate(labels),
         np.concatenate(groups) if groups else None,
     )
-
-
-def share_held(memory: Memory, keys: Float[ndarray, "q d"], sample: int = 256) -> float:
-    """The part of a sample of the keys that the memory holds to the last bit: figures on those would be too good."""
-    layout = memory.layout
-    rows = np.unique(np.linspace(0, len(keys) - 1, min(sample, len(keys))).astype(int))
-    some = as_keys(keys[rows], metric=layout.metric).astype(layout.key_dtype)
-    wanted = _row_hashes(some)
-    held = np.zeros(len(some), bool)
-    for block in memory.snapshot.keys.blocks(1 << 13):
-        held |= np.isin(wanted, _row_hashes(block))
-    return float(held.mean())
-
-
-def _row_hashes(keys: Float[ndarray, "b d"]) -> Shaped[ndarray, " b"]:
-    """64 bits for each row, the same for the same numbers."""
-    words = np.ascontiguousarray(keys + 0).view(f"u{keys.dtype.itemsize}").astype(np.uint64)  # + 0: no negative zeros
-    odd = np.random.default_rng(0).integers(0, 1 << 63, keys.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    return words @ odd

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from residual_memory._version import __version__
-from residual_memory.cli import asking, building, demo, doctor, exchanging, keeping, measuring
+from residual_memory.cli import asking, auditing, building, demo, doctor, exchanging, keeping, measuring
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
@@ -95,6 +95,12 @@ _NAMES = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(_NAMES[_command], rich_help_panel=_panel)(_command)
+_GROUPS = {"audit": ("Make and measure", "What a memory tells of the rows in it.", (auditing.privacy,))}
+for _name, (_panel, _help, _inside) in _GROUPS.items():
+    _group = typer.Typer(cls=Commands, help=_help)
+    for _part in _inside:
+        _group.command()(_part)
+    app.add_typer(_group, name=_name, rich_help_panel=_panel)
 
 
 @app.callback(invoke_without_command=True)
@@ -134,8 +140,7 @@ def _failed(error: Exception, message: str, arguments: Sequence[str]) -> int:
     """Say the cause and the remedy, each on a line of its own."""
     cause, remedy = _parts(error, message)
     code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), FINDING)
-    named = next((argument for argument in arguments if argument in _NAMES.values()), "COMMAND")
-    remedy = remedy.format(command=f"resmem {named}") if remedy == _HELP else remedy
+    remedy = remedy.format(command=f"resmem {_named(arguments)}") if remedy == _HELP else remedy
     note(f"error: {cause}")
     if remedy:
         note(f"remedy: {remedy}")
@@ -143,6 +148,17 @@ def _failed(error: Exception, message: str, arguments: Sequence[str]) -> int:
         kind = type(error).__name__
         report({"error": {"type": kind, "cause": cause, "remedy": remedy, "exit_code": code}}, as_json=True)
     return code
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """The command that a line names, with the group that it is in."""
+    for place, argument in enumerate(arguments):
+        if argument in _GROUPS:
+            inside = {command.__name__ for command in _GROUPS[argument][2]} & {*arguments[place + 1 : place + 2]}
+            return " ".join([argument, *inside])
+        if argument in _NAMES.values():
+            return argument
+    return "COMMAND"
 
 
 def _parts(error: Exception, message: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from residual_memory import evaluation, tuning
 from residual_memory.cli import options
-from residual_memory.cli.data import Queries, Reading, read_all, rows_for, share_held
+from residual_memory.cli.data import Queries, Reading, read_all, rows_for
 from residual_memory.cli.measuring_text import evaluate_text, tune_text
 from residual_memory.cli.options import (
     BatchSize,
@@ -41,7 +41,7 @@ from residual_memory.evaluation import METRICS, Evaluation, Setting
 from residual_memory.indexes import scann
 from residual_memory.indexes.faiss import empty_index, required_rows
 from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec, auto_factory
-from residual_memory.memory import Memory
+from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.memory.format import Layout, check_layout
 from residual_memory.metrics import Estimate
@@ -50,7 +50,6 @@ from residual_memory.types import Task
 from residual_memory.validation import as_count, as_positive
 
 BATCHES_TIMED = 10  # at least, so that the slowest of them means something
-HELD_TOO_OFTEN = 0.05  # of the held-out rows may be in the memory before the user is told
 
 MetricOption = Annotated[
     str | None,
