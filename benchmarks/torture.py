@@ -72,7 +72,8 @@ def _on_disk(trial: Callable[[Path], Any]) -> Row:
 
 
 def _power() -> Row:
-    states, violations, runs = 0, [], 0
+    violations: list[str] = []
+    states = runs = 0
     while states < STATES:
         found = power_losses(most=MOST, seed=runs)
         states, runs = states + found.states, runs + 1
