@@ -400,5 +400,6 @@ def test_wherever_the_disk_refuses_the_saved_index_is_the_old_one_or_the_new_one
         np.testing.assert_array_equal(answer(path, new), right[1])
         assert len(spy.built) <= 1, "one of the two is there, and whole"
         Memory.open(path, writable=True).close()
-        assert len(saved(path)) in (2, 4)
+        left = 1 if disk.calls[place][0] == "remove" else 0  # what cannot be removed is passed over
+        assert len(saved(path)) in (2, 4, 2 + left, 4 + left)
         shutil.rmtree(path)

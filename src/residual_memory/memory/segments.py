@@ -11,7 +11,8 @@ from residual_memory.memory.format import Segment
 from residual_memory.memory.snapshot import Snapshot, Table
 
 SEGMENT_BYTES = 64 << 20  # compaction and builders write segments of about this size
-MERGE_BYTES = 32 << 20  # small appends are merged up to this size, so that a memory has few files
+MERGE_BYTES = 16 << 20  # small appends are merged up to this size, so that a memory has few files
+FAN = 4  # segments of about one size that are merged into one: a row is written again once for each factor of 4
 
 Part = tuple[Segment | None, Table]  # rows in a segment that is written already, or that is to be written
 
@@ -31,14 +32,25 @@ def in_segments(tables: Iterable[Table]) -> Iterator[Table]:
 
 
 def with_last(snapshot: Snapshot, table: Table) -> list[Part]:
-    """All segments and then the new rows, joined with the last segments while these are no longer than they."""
-    kept: list[Part] = list(zip(snapshot.manifest.segments, snapshot.tables, strict=True))
-    joined = [table]
+    """All segments and then the new rows, joined with the last segments wherever `FAN` of about one size would lie."""
+    sizes = [segment.n_rows for segment in snapshot.manifest.segments]
     n, row_bytes = len(table["ids"]), max(bytes_of(table) // len(table["ids"]), 1)
-    while kept and (last := len(kept[-1][1]["ids"])) <= n and (n + last) * row_bytes <= MERGE_BYTES:
-        n += last
-        joined.insert(0, kept.pop()[1])
-    return [*kept, (None, concatenated(joined))]
+    first = len(sizes)
+    while (alike := _last_alike(sizes[:first], n)) >= FAN - 1:
+        total = n + sum(sizes[first - alike : first])
+        if total * row_bytes > MERGE_BYTES:
+            break
+        n, first = total, first - alike
+    kept: list[Part] = list(zip(snapshot.manifest.segments[:first], snapshot.tables[:first], strict=True))
+    return [*kept, (None, concatenated([*snapshot.tables[first:], table]))]
+
+
+def _last_alike(sizes: Sequence[int], n: int) -> int:
+    """How many of the last segments are no longer than n rows, or hardly."""
+    alike = 0
+    while alike < len(sizes) and sizes[-1 - alike] < FAN * n:
+        alike += 1
+    return alike
 
 
 def plan(snapshot: Snapshot) -> "list[int | Int64[ndarray, ' _']]":

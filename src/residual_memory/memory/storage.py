@@ -9,6 +9,7 @@ import fcntl
 import os
 import secrets
 import stat
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,8 +175,8 @@ class Directory:
         with _refusals(target), self._disk.create(target, fresh=True) as file:
             try:
                 for piece in pieces:
-                    checksums.add(piece)
-                    self._write_all(file, piece)
+                    with checksums.adding(piece):
+                        self._write_all(file, piece)
                 self._disk.sync(file)
                 self._disk.sync_folder(self.path)
             except BaseException:
@@ -461,6 +462,20 @@ class _Checksums:
             if self._filled == self._chunk:
                 self._done.append(self._current)
                 self._filled = self._current = 0
+
+    @contextmanager
+    def adding(self, piece: bytes | memoryview) -> Iterator[None]:
+        """Add a piece while the block runs: a large one in a thread of its own, beside what the disk does."""
+        if memoryview(piece).nbytes < MIN_CHUNK:
+            self.add(piece)
+            yield
+            return
+        thread = threading.Thread(target=self.add, args=(piece,))
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
 
     def all(self) -> tuple[int, ...]:
         return (*self._done, self._current) if self._filled else tuple(self._done)
