@@ -1,7 +1,7 @@
 """Arrays as numpy saves them: a folder of .npy files, or the members of an .npz."""
 
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,11 @@ import numpy as np
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.exchange.columns import ColumnRows, FileColumn, opened
+from residual_memory.exchange.columns import ColumnRows, FileColumn, columns_of, opened
+from residual_memory.exchange.description import described_in
 from residual_memory.exchange.fields import Exported
-from residual_memory.exchange.rows import BLOCK_BYTES, COLUMNS, needed
+from residual_memory.exchange.rows import BLOCK_BYTES, COLUMNS
+from residual_memory.memory.attributes import ENDS, TEXTS
 from residual_memory.memory.format import MAX_MANIFEST, Manifest
 
 DESCRIPTION = "memory.json"  # the member with what makes an identical memory again
@@ -23,9 +25,9 @@ _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same memory gives the same bytes
 
 def folder_rows(folder: Path) -> ColumnRows:
     """The files keys.npy, predictions.npy, … of a folder."""
-    present = [name for name in COLUMNS if (folder / f"{name}.npy").exists()]
-    wanted = needed(str(folder), present)
-    return ColumnRows(str(folder), {name: npy_file(folder / f"{name}.npy") for name in wanted})
+    known = (*COLUMNS, *(name + ENDS for name in TEXTS))
+    present = [name for name in known if (folder / f"{name}.npy").exists()]
+    return ColumnRows(str(folder), columns_of(str(folder), present, lambda name: npy_file(folder / f"{name}.npy")))
 
 
 def npz_rows(path: Path) -> ColumnRows:
@@ -34,8 +36,8 @@ def npz_rows(path: Path) -> ColumnRows:
         for entry in archive.infolist():
             archive.open(entry).close()  # compares its two names: a changed one would hide the member
         members = {name.removesuffix(".npy") for name in archive.namelist()}
-    columns = {name: _member(path, name) for name in needed(str(path), members)}
-    manifest = _manifest(path) if DESCRIPTION in members else None
+    columns = columns_of(str(path), members, partial(_member, path))
+    manifest = _manifest(path, members) if DESCRIPTION in members else None
     return ColumnRows(str(path), columns, manifest)
 
 
@@ -85,14 +87,14 @@ class _Member:
             pass
 
 
-def _manifest(path: Path) -> Manifest:
+def _manifest(path: Path, members: set[str]) -> Manifest:
     column = _member(path, DESCRIPTION)
     where = f"{path}:{DESCRIPTION}"
     if column.dtype.kind != "U" or column.shape != (1,) or column.row_bytes > 4 * MAX_MANIFEST:
         raise CorruptFile(f"{where} is {column.dtype} {column.shape}, expected one text; export the memory again")
     text = column.read()[0]
     try:
-        return Manifest.from_bytes(str(text).encode(), where)
+        return described_in(str(text).encode(), where, members)
     except UnicodeEncodeError as error:
         raise CorruptFile(f"{where} is no text: {error}; export the memory again") from None
 
@@ -129,6 +131,10 @@ def write_npz(file: IO[bytes], exported: Exported) -> None:
             shape = (exported.n_rows, *field.shape)
             blocks = (field.take(rows).astype(field.dtype, copy=False) for rows in exported.row_blocks())
             _write_member(archive, field.name, field.dtype, shape, blocks)
+        for text in exported.texts:
+            flat = (text.take(rows).flat for rows in exported.row_blocks())
+            _write_member(archive, text.name, np.dtype(np.uint8), (text.n_bytes,), flat)
+            _write_member(archive, text.name + ENDS, np.dtype(np.int64), (exported.n_rows,), exported.ends(text))
 
 
 def _write_member(
@@ -136,7 +142,7 @@ def _write_member(
     name: str,
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
-    blocks: "Iterator[ndarray] | Sequence[ndarray]",
+    blocks: Iterable[ndarray],
 ) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with archive.open(zipfile.ZipInfo(f"{name}.npy", _LONG_AGO), "w", force_zip64=True) as member:
