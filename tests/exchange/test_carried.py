@@ -30,7 +30,7 @@ SNIPPETS = ["", "a cat", "x" * 300, "two\nlines \x1b[31m"]
 LAST = 253_402_300_799  # of the year 9999
 
 
-def carrying(place: Path | None = None, *, n: int = N, seed: int = 0, **only: bool) -> Memory:
+def carrying(place: Path | None = None, *only: str, n: int = N, seed: int = 0) -> Memory:
     """A memory of two segments, in the first of which rows carry something; with `only`, what is named there."""
     random = np.random.default_rng(seed)
     carried: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_what_rows_carry_goes_out_and_in(tmp_path: Path, suffix: str, on_disk: b
 
 @pytest.mark.parametrize("name", ["owners", "expires", "tags", "snippets"])
 def test_only_what_some_row_has_is_a_column(tmp_path: Path, suffix: str, name: str) -> None:
-    memory = carrying(**{name: True})
+    memory = carrying(None, name)
     rm.export_memory(memory, tmp_path / f"rows{suffix}")
     columns = open_rows(tmp_path / f"rows{suffix}").columns
     assert columns == {"keys", "predictions", "labels", "ids", name}
@@ -126,7 +126,7 @@ def test_long_snippets_make_small_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_memories_with_and_without_are_merged(tmp_path: Path) -> None:
     plain = kept("dense", first=100)
-    some = carrying(owners=True, tags=True)
+    some = carrying(None, "owners", "tags")
     bare = memory_of(classification(n=5), ids=np.arange(500, 505), key_dtype="float32", prediction_dtype="float32")
     for parts in ([some, bare], [bare, some], [bare, carrying()]):
         merged = rm.merge_memories(parts, tmp_path / f"merged {len(list(tmp_path.iterdir()))}")
@@ -391,7 +391,7 @@ def test_whatever_byte_is_changed_rows_do_not_change_their_owner(tmp_path: Path,
 
 
 def test_the_description_names_what_is_carried(tmp_path: Path) -> None:
-    rm.export_memory(carrying(owners=True, expires=True), tmp_path / "rows.npz")
+    rm.export_memory(carrying(None, "owners", "expires"), tmp_path / "rows.npz")
     with np.load(tmp_path / "rows.npz") as arrays:
         assert json.loads(str(arrays["memory.json"][0]))["body"]["carried"] == ["expires", "owners"]
 

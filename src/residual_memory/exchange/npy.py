@@ -131,10 +131,10 @@ def write_npz(file: IO[bytes], exported: Exported) -> None:
             shape = (exported.n_rows, *field.shape)
             blocks = (field.take(rows).astype(field.dtype, copy=False) for rows in exported.row_blocks())
             _write_member(archive, field.name, field.dtype, shape, blocks)
-        for text in exported.texts:
-            flat = (text.take(rows).flat for rows in exported.row_blocks())
-            _write_member(archive, text.name, np.dtype(np.uint8), (text.n_bytes,), flat)
-            _write_member(archive, text.name + ENDS, np.dtype(np.int64), (exported.n_rows,), exported.ends(text))
+        for carried in exported.texts:
+            flat = (carried.take(rows).flat for rows in exported.row_blocks())
+            _write_member(archive, carried.name, np.dtype(np.uint8), (carried.n_bytes,), flat)
+            _write_member(archive, carried.name + ENDS, np.dtype(np.int64), (exported.n_rows,), exported.ends(carried))
 
 
 def _write_member(

@@ -144,13 +144,13 @@ def task_of(block: Block) -> Task:
     return "classification" if labels.dtype.kind in "iu" and labels.ndim == 1 and wide else "regression"
 
 
-def block_of(first: int, values: Mapping[str, ndarray]) -> Block:
+def block_of(first: int, values: Mapping[str, Any]) -> Block:
     """A block of the columns that `needed` named."""
     named = dict(values)
     if "indices" in named:
         indices, listed, rest = (named.pop(name) for name in TOP_M)
         signed = indices.astype(np.int64) if indices.dtype.kind == "u" else indices
-        named["predictions"] = TopM(signed, listed, rest)  # type: ignore[assignment]
+        named["predictions"] = TopM(signed, listed, rest)
     return Block(first, **named)
 
 
