@@ -140,6 +140,8 @@ def where_of(
         where["tag"] = list(tags)
     if groups:
         where["group"] = as_kind("group", groups, memory.snapshot.manifest.group_kind, memory)
+    if labels and memory.layout.task == "regression":
+        raise InvalidInput(f"{memory.path} is of a regression, whose rows have no label; leave --label out")
     if labels:
         where["label"] = [_label(text, memory) for text in labels]
     if expired:

@@ -1,7 +1,7 @@
 """`resmem forget`, `compact` and `inventory`: whose rows there are, and rows that go."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from rich.table import Table
 from residual_memory.cli.carrying import Owners, WithTags, as_kind, meant, moment_text, where_of
 from residual_memory.cli.options import Json, MemoryPath, leave_out, lines_of, open_memory
 from residual_memory.cli.output import report, shown, size_text, table
-from residual_memory.errors import InvalidInput
+from residual_memory.errors import InvalidInput, StorageFailure
 from residual_memory.memory import Certificate, Memory
 
 TOP = 20  # entries of a count that people are shown
@@ -137,23 +137,19 @@ def inventory(path: MemoryPath, owner: Owners = None, tag: WithTags = None, as_j
         report(
             {"memory": path, "where": where, "rows": len(ids), "ids": ids},
             f"{len(ids):,} of {len(memory):,} rows",
-            *(ids_text for ids_text in map(str, ids)),
+            *map(str, ids),
             *([] if ids else filter(None, [meant(memory, where)])),
             as_json=as_json,
         )
         return
     held = memory.inventory()
     names = memory.class_names
-    labels = {names[label] if names else str(label): count for label, count in held.labels.items()}
-    parts: list[str | Table] = [
-        f"{held.rows:,} rows" + (f", {held.forgotten:,} forgotten, not erased" * (held.forgotten > 0))
-    ]
+    labels = [(names[label] if names else label, count) for label, count in held.labels.items()]
+    erasable = f", {held.forgotten:,} forgotten but not erased" if held.forgotten else ""
+    parts: list[str | Table] = [f"{held.rows:,} rows{erasable}"]
     if set(held.owners) - {""}:
-        parts += _counts("owner", {owner or "(nobody)": count for owner, count in held.owners.items()})
-    if held.tags:
-        parts += _counts("tag", held.tags)
-    if labels:
-        parts += _counts("label", labels)
+        parts += _counts("owner", [(owner or "(nobody)", count) for owner, count in held.owners.items()])
+    parts += _counts("tag", list(held.tags.items())) + _counts("label", labels)
     if held.groups:
         parts.append(f"{held.groups:,} groups")
     if held.snippets:
@@ -162,14 +158,15 @@ def inventory(path: MemoryPath, owner: Owners = None, tag: WithTags = None, as_j
         parts.append(f"{held.expired:,} rows have expired: resmem forget {shown(path)} --expired")
     if held.next_expiry is not None:
         parts.append(f"the next rows expire at {moment_text(held.next_expiry)}")
-    report({"memory": path, **asdict(held), "labels": labels}, *parts, as_json=as_json)
+    report({"memory": path, **asdict(held)}, *parts, as_json=as_json)
 
 
-def _counts(what: str, counts: Mapping[str, int]) -> list[str | Table]:
-    shown_ones = list(counts.items())[:TOP]
-    made = table((what, "rows"), [(name, f"{count:,}") for name, count in shown_ones], numbers=("rows",))
-    more = len(counts) - len(shown_ones)
-    return [made, *([f"and {more:,} more"] if more else [])]
+def _counts(what: str, counts: Sequence[tuple[object, int]]) -> list[str | Table]:
+    if not counts:
+        return []
+    made = table((what, "rows"), [(name, f"{count:,}") for name, count in counts[:TOP]], numbers=("rows",))
+    more = len(counts) - TOP
+    return [made, *([f"and {more:,} more"] if more > 0 else [])]
 
 
 def _count(memory: Memory, ids: list[Any], where: dict[str, Any]) -> int:
@@ -208,7 +205,11 @@ def _erased(memory: Memory, file: Path | None) -> tuple[dict[str, Any], list[str
         return result, [f"erased {result['erased']:,} rows"], False
     if made is None:
         return {**result, "certificate": None}, [f"nothing to erase: {shown(file)} is not written"], False
-    made.save(file)
+    try:
+        made.save(file)
+    except OSError as error:
+        lost = f"{file}: {error.strerror}; the rows are erased, but their certificate is lost"
+        raise StorageFailure(error.errno, lost) from error
     lines = [f"erased {made.erased:,} rows; the certificate is {shown(file)}", *_searched(made)]
     lines += [f"remains: {remains}" for remains in made.remains]
     found = made.search is not None and made.search.found > 0
