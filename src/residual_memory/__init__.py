@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from residual_memory.explanation import Explanation, explain
     from residual_memory.gate import Gate
     from residual_memory.language import LanguageSetting, LanguageTuning, TokenScores
-    from residual_memory.memory import Memory
+    from residual_memory.memory import Certificate, Inventory, Memory, salvage
     from residual_memory.models.base import KeyChoice
     from residual_memory.models.building import build_memory
     from residual_memory.models.sklearn import ResMemClassifier, ResMemRegressor
@@ -51,7 +51,10 @@ _ROOMS = {
     "explain": "explanation",
     "Gate": "gate",
     "KeyChoice": "models.base",
+    "Certificate": "memory",
+    "Inventory": "memory",
     "Memory": "memory",
+    "salvage": "memory",
     "ChosenKeys": "models.torch",
     "ResMemClassifier": "models.sklearn",
     "ResMemModule": "models.torch",
@@ -85,11 +88,13 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Certificate",
     "ChosenKeys",
     "Encoded",
     "Evaluation",
     "Explanation",
     "Gate",
+    "Inventory",
     "KeyChoice",
     "LanguageSetting",
     "LanguageTuning",
@@ -122,6 +127,7 @@ __all__ = [
     "key_choices",
     "merge_memories",
     "observe",
+    "salvage",
     "temper",
     "to_probabilities",
     "top_m",

@@ -1,7 +1,8 @@
 """What flows through the three seams: observations of a model, neighbours of a query, compressed predictions."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float, Int, Int64, Shaped
 from numpy import ndarray
@@ -21,6 +22,8 @@ class Observations:
     labels : class indices, or target values.
     predictions : the base's probabilities, or predicted values.
     groups : optional, for example the document of a token.
+    carried : optional, what each row carries beside the numbers: owners, expires, tags and snippets as
+        `Memory.append` takes them.
     """
 
     ids: Shaped[ndarray, " b"]
@@ -28,6 +31,7 @@ class Observations:
     labels: Shaped[ndarray, "b ..."]
     predictions: "Float[ndarray, 'b c'] | TopM"
     groups: Shaped[ndarray, " b"] | None = None
+    carried: Mapping[str, Sequence[Any] | ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -270,7 +270,7 @@ def test_a_disk_that_refuses_any_call_leaves_nothing(tmp_path: Path, monkeypatch
         rm.import_memory(tmp_path / "rows.npz", tmp_path / "memory").close()
     assert len(list((tmp_path / "memory").glob("rows-*"))) > 3
     calls = disk.names()
-    until = len(calls) - 1 - calls[::-1].index("replace")  # after it the memory has its name
+    until = len(calls) - 1 - calls[::-1].index("rename")  # after it the memory has its name
     refused = 0
     for place in range(until + 1):
         with watching(Disk(place)):
@@ -304,7 +304,7 @@ def test_a_description_that_was_changed_is_corrupt_and_one_of_a_newer_format_is_
 ) -> None:
     file = tmp_path / f"rows{suffix}"
     rm.export_memory(memory_of(classification(), prediction_dtype="float32"), file)
-    for was, now, kind in ((b"euclidean", b"euclidian", CorruptFile), (b'"format":1', b'"format":2', CorruptFile)):
+    for was, now, kind in ((b"euclidean", b"euclidian", CorruptFile), (b'"format":2', b'"format":3', CorruptFile)):
         assert rewritten(file, was, now)
         with pytest.raises(kind):
             rm.import_memory(file)
@@ -330,6 +330,21 @@ def rewritten(file: Path, was: bytes, now: bytes) -> bool:
     escaped = [part.replace(b'"', b'\\"') for part in (was, now)]
     file.write_bytes(content.replace(escaped[0], escaped[1]))
     return escaped[0] in content
+
+
+def test_a_file_of_format_1_makes_the_memory_that_it_was(tmp_path: Path) -> None:
+    """As written before there was a history of changes, and before rows carried anything."""
+    from residual_memory.memory.format import canonical
+
+    memory = kept("dense", text=True, groups=True)
+    rm.export_memory(memory, tmp_path / "rows.npz")
+    with np.load(tmp_path / "rows.npz") as arrays:
+        data = dict(arrays)
+    body = json.loads(str(data["memory.json"][0]))["body"]
+    old = {name: value for name, value in body.items() if name not in ("history", "carried")} | {"format": 1}
+    data["memory.json"] = np.array([canonical(old).decode()])
+    np.savez(tmp_path / "rows.npz", **data)
+    assert_same(rm.import_memory(tmp_path / "rows.npz"), memory)
 
 
 def test_a_newer_format_is_named(tmp_path: Path) -> None:
@@ -384,8 +399,26 @@ def test_whatever_byte_is_changed_the_outcome_is_a_memory_or_an_error_of_ours(
             refused += 1
             continue
         if suffix in (".npz", ".parquet"):
-            assert all((values(found)[name] == column).all() for name, column in values(memory).items())
+            # Where the key of the description is hit, the file is one of anybody's, whose types are the options'.
+            whole = {name: column.astype(values(found)[name].dtype) for name, column in values(memory).items()}
+            assert all((values(found)[name] == column).all() for name, column in whole.items())
     assert refused > 5
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_every_changed_value_of_an_npz_is_noticed(tmp_path: Path, save: Callable[..., None]) -> None:
+    """Python's zipfile compares no checksum after a seek, so that nothing may seek in it."""
+    save(tmp_path / "rows.npz", **columns(classification(n=300)))
+    content = (tmp_path / "rows.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "rows.npz") as archive:
+        places = {entry.filename: (entry.header_offset, entry.compress_size) for entry in archive.infolist()}
+    for name, (start, size) in places.items():
+        for place in np.linspace(start + 200, start + size, 20).astype(int).tolist():
+            damaged = bytearray(content)
+            damaged[place] ^= 2
+            (tmp_path / "rows.npz").write_bytes(damaged)
+            with pytest.raises(CorruptFile, match=name.removesuffix(".npy")):
+                rm.import_memory(tmp_path / "rows.npz")
 
 
 # ---------------------------------------------------------------------- rows

@@ -11,6 +11,7 @@ import typer
 from numpy import ndarray
 
 from residual_memory.cli import options
+from residual_memory.cli.carrying import Expires, Given, Owner, Tags
 from residual_memory.cli.data import Reading, batch_of, open_data, rows_for
 from residual_memory.cli.images import ImageFolder
 from residual_memory.cli.loading import FITTING, Examples, as_torch_dataset, load_model, user_code
@@ -118,6 +119,9 @@ def build(
     batch_size: BatchSize = None,
     autocast: Autocast = None,
     image_size: ImageSize = None,
+    owner: Owner = None,
+    expires: Expires = None,
+    tag: Tags = None,
     as_json: Json = False,
 ) -> None:
     """Make a memory of what a model could not learn of its training data.
@@ -132,6 +136,7 @@ def build(
     chosen("--metric", metric, ("euclidean", "cosine"))
     chosen("--outputs", outputs, options.OUTPUTS)
     autocast_named(autocast)
+    given = Given.checked(owner, expires, tag)
     started = time.monotonic()
     found = open_data(data, image_size=image_size)
     is_text = isinstance(found, TextFile)
@@ -151,6 +156,8 @@ def build(
         if is_text
         else {**text.given, **sparse.given},
     )
+    if not isinstance(found, Rows):
+        leave_out(f"{data} is run through a model, and rows of such a build carry nothing", given.options)
     kept = _Kept(
         options.task_named(task),
         cast(Metric, metric),
@@ -167,11 +174,11 @@ def build(
     if isinstance(found, TextFile):
         memory = _from_text(path, found, text, kept, sparse, layer or POST_ATTENTION, cast(Side, side))
     elif isinstance(found, Rows):
-        if given := [
+        if not_needed := [
             name for name, value in (("--model", model), ("--layer", layer), ("--predictions", predictions)) if value
         ]:
-            raise InvalidInput(f"{data} holds keys and predictions already; leave {' and '.join(given)} out")
-        memory = _from_arrays(path, found, kept, _same_kind(found, other, held_out))
+            raise InvalidInput(f"{data} holds keys and predictions already; leave {' and '.join(not_needed)} out")
+        memory = _from_arrays(path, found, kept, given, _same_kind(found, other, held_out))
     else:
         if model is None:
             raise InvalidInput(f"{data} is a data set of examples; add --model MODULE:NAME, the model to run on it")
@@ -334,7 +341,7 @@ def _from_text(
 # ---------------------------------------------------------------------- from arrays
 
 
-def _from_arrays(path: Path, rows: Rows, kept: _Kept, held_out: Rows | None) -> Memory:
+def _from_arrays(path: Path, rows: Rows, kept: _Kept, given: Given, held_out: Rows | None) -> Memory:
     rows.require("labels", "a memory")
     first = next(rows.blocks(size=1_000), None)
     if first is None:
@@ -350,7 +357,7 @@ def _from_arrays(path: Path, rows: Rows, kept: _Kept, held_out: Rows | None) -> 
     losses: list[float] = []
     try:
         with progress_bar("building", rows.n_rows, done=min(len(memory), rows.n_rows)) as advance:
-            fill(memory, _measured(_observations(rows, memory, skip_held=True), layout, losses, advance))
+            fill(memory, _measured(_observations(rows, memory, given, skip_held=True), layout, losses, advance))
         if losses:
             other = None if held_out is None else _mean_loss(held_out, layout)
             warn_if_in_sample(float(np.mean(losses)), other, 1e-2 if task == "classification" else 0.0)
@@ -408,12 +415,13 @@ def _check_begun(memory: Memory, layout: Layout, rows: Rows) -> None:
 
 
 def _observations(
-    rows: Rows, memory: Memory, *, first: int = 0, next_id: int | None = None, skip_held: bool = False
+    rows: Rows, memory: Memory, given: Given, *, first: int = 0, next_id: int | None = None, skip_held: bool = False
 ) -> Iterator[Observations]:
     """The rows, validated, with their ids.
 
     Parameters
     ----------
+    given : what the rows carry, where the source does not say it.
     first : row of the source to begin with.
     next_id : id of that row where the source gives none; None takes row numbers.
     skip_held : leave out rows whose id the memory holds already.
@@ -428,15 +436,9 @@ def _observations(
         if skip_held and len(held) and held.dtype.kind == ids.dtype.kind:
             fresh = ~np.isin(ids, held)
         if fresh.any():
-            groups = None if block.groups is None else block.groups[fresh]
-            labels = cast(ndarray, block.labels)[fresh]
-            yield Observations(ids[fresh], block.keys[fresh], labels, _taken(block.predictions, fresh), groups)
-
-
-def _taken(predictions: ndarray | TopM, rows: ndarray) -> ndarray | TopM:
-    if isinstance(predictions, TopM):
-        return TopM(predictions.indices[rows], predictions.probabilities[rows], predictions.rest[rows])
-    return predictions[rows]
+            some = given.marked(block.taken(fresh))
+            labels = cast(ndarray, some.labels)
+            yield Observations(ids[fresh], some.keys, labels, some.predictions, some.groups, some.carried)
 
 
 def _measured(
@@ -488,12 +490,16 @@ def add(
     ] = 0,
     batch_size: BatchSize = None,
     image_size: ImageSize = None,
+    owner: Owner = None,
+    expires: Expires = None,
+    tag: Tags = None,
     as_json: Json = False,
 ) -> None:
     """Append examples to a memory: they count from the next prediction on, without training.
 
     Rows keep the ids of the data; where these have none, the memory gives new ones.
     """
+    given = Given.checked(owner, expires, tag)
     with options.open_memory(path, writable=True) as memory:
         rows = rows_for(data, memory, Reading(model, outputs, batch_size, image_size), top_m=True)
         if first_row > rows.n_rows:
@@ -503,7 +509,7 @@ def add(
             raise InvalidInput(f"the ids of {path} are strings, so the data must give them; add ids to {data}")
         try:
             with progress_bar("adding", rows.n_rows, done=first_row) as advance:
-                fill(memory, _watched(_observations(rows, memory, first=first_row, next_id=next_id), advance))
+                fill(memory, _watched(_observations(rows, memory, given, first=first_row, next_id=next_id), advance))
         except KeyboardInterrupt:
             added = len(memory) - before
             raise options.Interrupted(

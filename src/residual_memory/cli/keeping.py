@@ -1,4 +1,4 @@
-"""`resmem forget`, `compact`, `index`, `verify` and `info`: looking after a memory."""
+"""`resmem index`, `verify`, `salvage` and `info`: looking after a memory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,63 +7,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from residual_memory.cli.options import Index, Json, MemoryPath, check_index, lines_of, open_memory, similar
+from residual_memory.cli.carrying import moment_text
+from residual_memory.cli.options import Index, Json, MemoryPath, check_index, open_memory, similar
 from residual_memory.cli.output import facts, report, shown, size_text, table
 from residual_memory.correction import ResidualKNN
-from residual_memory.errors import InvalidInput, MemoryNotFound
-from residual_memory.memory import Memory, Problem
+from residual_memory.errors import CorruptFile, MemoryNotFound
+from residual_memory.memory import Inventory, Memory, Problem
+from residual_memory.memory import salvage as salvage_memory
 from residual_memory.memory import verify as verify_memory
+from residual_memory.memory.attributes import is_attribute
+from residual_memory.memory.format import COPY
 
-
-def forget(
-    path: MemoryPath,
-    ids: Annotated[
-        list[str] | None, typer.Argument(metavar="ID...", help="Ids of the rows.", show_default=False)
-    ] = None,
-    ids_file: Annotated[
-        Path | None, typer.Option("--ids-file", metavar="FILE", help="A file of ids, one a line.", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Take rows out of use at once; `resmem compact` then erases them from disk.
-
-    All or none: an id that the memory does not hold changes nothing.
-    """
-    wanted = [*(ids or []), *(lines_of(ids_file) if ids_file else [])]
-    if not wanted:
-        raise InvalidInput("no ids are given; name them on the command line, or in a file with --ids-file")
-    with open_memory(path, writable=True) as memory:
-        before = len(memory)
-        memory.forget(_as_kind(wanted, memory))
-        forgotten = before - len(memory)
-        report(
-            {"memory": path, "forgotten": forgotten, "rows": len(memory), "version": memory.version},
-            f"forgot {forgotten:,} rows; {path} holds {len(memory):,}",
-            "the bytes stay on disk until: resmem compact " + shown(path),
-            "the base model was trained on the rows and still remembers what it learned of them",
-            as_json=as_json,
-        )
-
-
-def compact(path: MemoryPath, as_json: Json = False) -> None:
-    """Erase forgotten rows from disk and join the files of many small changes."""
-    with open_memory(path, writable=True) as memory:
-        erased, before = memory.n_forgotten, memory.n_bytes
-        memory.compact()
-        report(
-            {
-                "memory": path,
-                "erased": erased,
-                "rows": len(memory),
-                "bytes_before": before,
-                "bytes": memory.n_bytes,
-                "segments": _n_segments(memory),
-                "version": memory.version,
-            },
-            f"erased {erased:,} rows; {path} holds {len(memory):,}",
-            f"{size_text(before)} before, {size_text(memory.n_bytes)} now",
-            as_json=as_json,
-        )
+CHANGES = 10  # that info tells of
 
 
 def index(path: MemoryPath, spec: Index = "auto", as_json: Json = False) -> None:
@@ -82,31 +37,43 @@ def index(path: MemoryPath, spec: Index = "auto", as_json: Json = False) -> None
         )
 
 
-def verify(path: MemoryPath, as_json: Json = False) -> None:
+def verify(
+    path: MemoryPath,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Look at files, lengths and headers, and not at every byte.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Compare every byte on disk with what was written; exits with 1 where something differs."""
     try:
-        found = verify_memory(path)
+        found = verify_memory(path, fast=fast)
     except MemoryNotFound as error:
         raise MemoryNotFound(f"{error}{similar(path)}") from None
     problems, ignored = _listed(found.problems), _listed(found.ignored)
     read = f"{found.n_files:,} files, {size_text(found.n_bytes)}"
     lines: list[str | Table]
     if found.ok:
-        lines = [
-            f"whole: {read} are as they were written" if not ignored else f"whole: {read}, but not its saved index"
-        ]
+        beside = "" if not ignored else ", but not what lies beside the rows"
+        lines = [f"whole: {read} are as they were written" if not ignored else f"whole: {read}{beside}"]
+        if fast:
+            lines = [f"whole as far as names, lengths and headers tell: {found.n_files:,} files; no value was read"]
     else:
         lines = [
-            f"damaged: {len(problems):,} of {read}",
+            f"damaged: {len(problems):,} places in {read}",
             _file_table(problems),
-            "restore the named files from a copy, or build the memory again",
+            "restore the named files from a copy, or save the whole rows: resmem salvage " + shown(path) + " TO",
         ]
     if ignored:
-        lines += [_file_table(ignored), "a saved index that is damaged is passed over and built again"]
+        lines.append(_file_table(ignored))
+        if any(problem["file"] == COPY for problem in ignored):
+            lines.append("the copy of the manifest is written anew by the next change")
+        if any(problem["file"] != COPY for problem in ignored):
+            lines.append("a saved index that is damaged is passed over and built again")
     report(
         {
             "memory": path,
             "ok": found.ok,
+            "full": found.full,
             "problems": problems,
             "ignored": ignored,
             "files": found.n_files,
@@ -116,6 +83,36 @@ def verify(path: MemoryPath, as_json: Json = False) -> None:
         as_json=as_json,
     )
     if not found.ok:
+        raise typer.Exit(1)
+
+
+def salvage(
+    path: MemoryPath,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="Directory to make.", show_default=False)],
+    keep_forgotten: Annotated[
+        bool,
+        typer.Option("--keep-forgotten", help="Save all rows where it cannot be read which ones were forgotten."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a new memory of the rows of a damaged one that are whole; exits with 1 if rows are lost.
+
+    The damaged memory is not changed.
+    """
+    try:
+        saved = salvage_memory(path, to, keep_forgotten=keep_forgotten)
+    except MemoryNotFound as error:
+        raise MemoryNotFound(f"{error}{similar(path)}") from None
+    except CorruptFile as error:
+        raise CorruptFile(str(error).replace("keep_forgotten=True", "--keep-forgotten")) from None
+    problems = _listed(saved.problems)
+    report(
+        {"memory": path, "to": to, "rows": saved.rows, "lost": saved.lost, "problems": problems},
+        f"saved {saved.rows:,} rows in {to}; {saved.lost:,} are lost",
+        *([_file_table(problems)] if problems else [f"{path} is whole: a copy would have done"]),
+        as_json=as_json,
+    )
+    if saved.lost:
         raise typer.Exit(1)
 
 
@@ -132,6 +129,7 @@ def info(path: MemoryPath, as_json: Json = False) -> None:
     memory = open_memory(path)
     layout, manifest = memory.layout, memory.snapshot.manifest
     stored = len(memory) + memory.n_forgotten
+    held = memory.inventory() if _carries(memory) else None
     result: dict[str, Any] = {
         "memory": path,
         "rows": len(memory),
@@ -148,6 +146,8 @@ def info(path: MemoryPath, as_json: Json = False) -> None:
         "segments": _n_segments(memory),
         "source": _source_of(memory),
         "setting": memory.setting,
+        "carried": None if held is None else {name: getattr(held, name) for name in _CARRIED},
+        "history": [vars(change) for change in memory.history[-CHANGES:]],
     }
     names = ", ".join(shown(name, 24) for name in (memory.class_names or ())[:6])
     more = len(memory.class_names or ()) - 6
@@ -173,10 +173,36 @@ def info(path: MemoryPath, as_json: Json = False) -> None:
                 ("created", f"{manifest.created} by residual-memory {manifest.library}"),
                 ("source", _source_text(memory)),
                 ("setting", _setting_text(memory)),
+                *([] if held is None else [("owners", _carried_text(held))]),
             ]
         ),
+        *([_history_table(memory)] if memory.history else []),
         as_json=as_json,
     )
+
+
+_CARRIED = ("owners", "tags", "expired", "next_expiry", "snippets")
+
+
+def _carries(memory: Memory) -> bool:
+    """Whether a segment says anything of its rows beside the numbers; counting takes as long as reading that."""
+    return any(is_attribute(name) for table in memory.snapshot.tables for name in table)
+
+
+def _carried_text(held: Inventory) -> str:
+    parts = [f"{len(set(held.owners) - {''}):,}"]
+    if held.owners.get("") and len(held.owners) > 1:
+        parts.append(f"{held.owners['']:,} rows of nobody")
+    if held.expired:
+        parts.append(f"{held.expired:,} rows have expired")
+    if held.next_expiry is not None:
+        parts.append(f"the next expire at {moment_text(held.next_expiry)}")
+    return ", ".join(parts)
+
+
+def _history_table(memory: Memory) -> Table:
+    rows = [(f"{c.version:,}", c.at, c.what, f"{c.rows:,}") for c in memory.history[-CHANGES:]]
+    return table(("version", "when", "what", "rows"), rows, numbers=("version", "rows"))
 
 
 def _n_segments(memory: Memory) -> int:
@@ -204,14 +230,3 @@ def _setting_text(memory: Memory) -> str:
     plain = {name: value for name, value in memory.setting.items() if name != "gate"}
     named = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items()]
     return ", ".join([*named, *(["gated"] if memory.setting.get("gate") else [])])
-
-
-def _as_kind(wanted: list[str], memory: Memory) -> list[Any]:
-    """Ids as the memory has them: integers or strings."""
-    if memory.snapshot.manifest.id_kind == "string":
-        return wanted
-    try:
-        return [int(text) for text in wanted]
-    except ValueError:
-        bad = next(text for text in wanted if not text.strip().isdecimal())
-        raise InvalidInput(f"{bad!r} is not an id of {memory.path}, whose ids are whole numbers from 0") from None

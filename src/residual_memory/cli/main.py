@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from residual_memory._version import __version__
-from residual_memory.cli import asking, auditing, building, demo, doctor, exchanging, keeping, measuring
+from residual_memory.cli import asking, auditing, building, demo, doctor, exchanging, forgetting, keeping, measuring
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
@@ -48,7 +48,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 _HELP = "{command} --help says what is expected"
 _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
-    (CorruptFile, "resmem verify MEMORY lists what is damaged; restore it from a copy, or build the memory again"),
+    (CorruptFile, "resmem verify MEMORY lists what is damaged; restore it from a copy, or resmem salvage MEMORY TO"),
     (MemoryLocked, "wait until the other process is done, or stop it"),
     (MemoryNotFound, "name the directory of a memory, or make one: resmem build --help"),
     (UnknownId, "nothing was changed; name ids that the memory holds"),
@@ -83,7 +83,16 @@ _PANELS = {
     "Start": (demo.demo,),
     "Make and measure": (building.build, measuring.tune, measuring.evaluate),
     "Use": (asking.predict, asking.explain),
-    "Keep": (building.add, keeping.forget, keeping.compact, keeping.index, keeping.verify, keeping.info),
+    "Keep": (
+        building.add,
+        forgetting.forget,
+        forgetting.compact,
+        forgetting.inventory,
+        keeping.index,
+        keeping.verify,
+        keeping.salvage,
+        keeping.info,
+    ),
     "In and out": (exchanging.export, exchanging.import_, exchanging.merge),
     "Plan": (measuring.estimate, measuring.bench, doctor.doctor),
 }

@@ -44,6 +44,7 @@ from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec, auto_factor
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.memory.format import Layout, check_layout
+from residual_memory.memory.memory import RESERVE_BYTES
 from residual_memory.metrics import Estimate
 from residual_memory.progress import progress_bar
 from residual_memory.types import Task
@@ -305,7 +306,8 @@ def estimate(
     itemsize = 8 if prediction_dtype == "float64" else 4
     residual_bytes = n * c * itemsize if n * c * itemsize <= TABLE_BYTES else 0
     row_bytes = layout.bytes_per_row(m)
-    disk = n * row_bytes
+    reserve = 2 * (RESERVE_BYTES + n // 8)  # as Memory keeps for forgetting on a full disk
+    disk = n * row_bytes + reserve
     ram = index_bytes + residual_bytes + 9 * n  # ids, and a mark on each row that is not forgotten
     report(
         {
@@ -314,6 +316,7 @@ def estimate(
             "top_m": m,
             "disk_bytes": disk,
             "bytes_per_row": row_bytes,
+            "reserve_bytes": reserve,
             "index": engine,
             "index_bytes": index_bytes,
             "residual_table_bytes": residual_bytes,
@@ -321,7 +324,7 @@ def estimate(
         },
         facts(
             [
-                ("on disk", f"{size_text(disk)}, {row_bytes:,} bytes a row"),
+                ("on disk", f"{size_text(disk)}, {row_bytes:,} bytes a row and {size_text(reserve)} held"),
                 ("in RAM", size_text(ram)),
                 ("  index", f"{size_text(index_bytes)}, {engine}"),
                 (

@@ -10,18 +10,27 @@ import numpy as np
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput, MissingExtra
+from residual_memory.exchange.description import described_in
 from residual_memory.exchange.fields import Exported, Field
-from residual_memory.exchange.rows import BLOCK_BYTES, COLUMNS, Block, Rows, block_of, held, needed
-from residual_memory.memory.format import Manifest
+from residual_memory.exchange.rows import BLOCK_BYTES, COLUMNS, Block, Rows, block_of, held, moments, needed
+from residual_memory.memory.attributes import EXPIRES, NEVER, TEXTS, Texts, tags_of
 
 DESCRIPTION = b"residual_memory"  # the schema's key for what makes an identical memory again
-WRITTEN = {**{name: name for name in COLUMNS}, "labels": "label", "ids": "id", "groups": "group"}
+WRITTEN = {
+    **{name: name for name in COLUMNS},
+    "labels": "label",
+    "ids": "id",
+    "groups": "group",
+    "owners": "owner",
+    "snippets": "snippet",
+}
+LAST_MOMENT = NEVER // 1000  # that Parquet can say: it counts in milliseconds
 _TEXT = ("string", "large_string", "string_view")
 _MOST_ROWS = 65_536  # of a block
 
 
 class _Table(Rows):
-    """A file with list columns `keys` and `predictions`, a column `label`, and perhaps `id` and `group`."""
+    """A file with list columns `keys` and `predictions`, a column `label`, and perhaps others of `WRITTEN`."""
 
     kind: str
 
@@ -33,7 +42,7 @@ class _Table(Rows):
             self._check_types(schema)
             text = (schema.metadata or {}).get(DESCRIPTION)
         self.columns, self.top_m = held(self._names), "indices" in self._names
-        self.manifest = None if text is None else Manifest.from_bytes(text, self.name)
+        self.manifest = None if text is None else described_in(text, self.name, self._names)
 
     @abstractmethod
     def _open(self, source: Any) -> Any:
@@ -53,7 +62,7 @@ class _Table(Rows):
                 skipped = min(max(first - start, 0), batch.num_rows)
                 batch = batch.slice(skipped)
                 if batch.num_rows:
-                    values = {name: self._array(batch.column(WRITTEN[name]), name) for name in self._names}
+                    values = {name: self._values(batch.column(WRITTEN[name]), name) for name in self._names}
                     yield block_of(start + skipped, values)
 
     def _check_types(self, schema: Any) -> None:
@@ -64,9 +73,39 @@ class _Table(Rows):
             kind = schema.field(WRITTEN[name]).type
             plain = _values_of(kind)
             numeric = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_boolean(plain)
-            text = name in ("ids", "groups") and str(plain) in _TEXT
-            if not (numeric or text or pa.types.is_null(plain)):
-                raise InvalidInput(f"column {WRITTEN[name]!r} of {self.name} is {kind}, expected numbers")
+            text = str(plain) in _TEXT
+            expected = "numbers"
+            if name == EXPIRES:
+                fits = numeric or (pa.types.is_timestamp(kind) and kind.tz is not None)
+                expected = "a timestamp with a time zone, or seconds since 1970"
+            elif name in TEXTS:
+                fits = text and (name == "tags" or not _is_list(kind))
+                expected = "lists of text" if name == "tags" else "text"
+            else:
+                fits = numeric or (text and name in ("ids", "groups"))
+            if not (fits or pa.types.is_null(plain)):
+                raise InvalidInput(f"column {WRITTEN[name]!r} of {self.name} is {kind}, expected {expected}")
+
+    def _values(self, column: Any, name: str) -> Any:
+        """A column's values as a block has them."""
+        if name == "tags":
+            if _is_list(column.type) and column.flatten().null_count:
+                raise InvalidInput(f"column 'tags' of {self.name} has missing values among its texts; leave them out")
+            return [_tags(some) for some in column.to_pylist()]
+        if name in TEXTS:
+            return [text or "" for text in column.to_pylist()]
+        return self._moments(column) if name == EXPIRES else self._array(column, name)
+
+    def _moments(self, column: Any) -> ndarray:
+        import pyarrow as pa
+
+        if pa.types.is_null(column.type):
+            return np.full(len(column), NEVER)
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("s", column.type.tz), safe=False).cast(pa.int64())
+        there = column.is_valid().to_numpy(zero_copy_only=False)
+        found = moments(column.fill_null(0).to_numpy(zero_copy_only=False), f"column {EXPIRES!r} of {self.name}")
+        return np.where(there, found, NEVER)
 
     def _array(self, column: Any, name: str) -> ndarray:
         import pyarrow as pa
@@ -113,7 +152,11 @@ class ParquetRows(_Table):
         return pq.ParquetFile(self._path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
 
     def _described(self, file: Any) -> tuple[int, Any]:
-        return file.metadata.num_rows, file.schema_arrow
+        meta = file.metadata
+        n_rows = sum(meta.row_group(group).num_rows for group in range(meta.num_row_groups))
+        if n_rows != meta.num_rows:
+            raise CorruptFile(f"{self.name} has {n_rows:,} rows, but says {meta.num_rows:,}; write it again")
+        return n_rows, file.schema_arrow
 
     def _batches(self, file: Any, first: int, size: int | None) -> Iterator[tuple[int, Any]]:
         groups, start = _row_groups_from(file, first)
@@ -122,6 +165,8 @@ class ParquetRows(_Table):
         for batch in file.iter_batches(step, row_groups=groups, columns=columns, use_threads=False):
             yield start, batch
             start += batch.num_rows
+        if start != self.n_rows:
+            raise CorruptFile(f"{self.name} has {self.n_rows:,} rows, of which {start:,} are there; write it again")
 
     def _step(self, file: Any) -> int:
         meta = file.metadata
@@ -199,6 +244,13 @@ def _values_of(kind: Any) -> Any:
     return kind.value_type if _is_list(kind) or pa.types.is_dictionary(kind) else kind
 
 
+def _tags(value: Any) -> tuple[str, ...]:
+    """Of one row: a list, one text, or nothing."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(value or ())
+
+
 def _row_groups_from(file: Any, first: int) -> tuple[list[int], int]:
     """The row groups that hold row `first` and later ones, and the first row of the first of them."""
     start = 0
@@ -220,7 +272,7 @@ def write_parquet(file: IO[bytes], exported: Exported) -> None:
 
     schema = _schema(exported)
     with pq.ParquetWriter(file, schema, use_dictionary=False, write_page_checksum=True) as writer:
-        for batch in _record_batches(exported, schema):
+        for batch in _record_batches(exported, schema, LAST_MOMENT):
             writer.write_batch(batch)
 
 
@@ -236,31 +288,54 @@ def write_arrow(file: IO[bytes], exported: Exported) -> None:
 def _schema(exported: Exported) -> Any:
     import pyarrow as pa
 
-    columns = [pa.field(WRITTEN[field.name], _arrow_type(field), nullable=False) for field in exported.fields]
+    columns = [pa.field(WRITTEN[field.name], _arrow_type(field), field.name == EXPIRES) for field in exported.fields]
+    columns += [pa.field(WRITTEN[text.name], _text_type(text.name), nullable=False) for text in exported.texts]
     return pa.schema(columns, metadata={DESCRIPTION: exported.description})
+
+
+def _text_type(name: str) -> Any:
+    import pyarrow as pa
+
+    return pa.list_(pa.field("item", pa.string(), nullable=False)) if name == "tags" else pa.string()
 
 
 def _arrow_type(field: Field) -> Any:
     import pyarrow as pa
 
+    if field.name == EXPIRES:
+        return pa.timestamp("s", "UTC")
     if field.dtype.kind == "U":
         return pa.large_string()
     kind = pa.from_numpy_dtype(field.dtype)
     return pa.list_(pa.field("item", kind, nullable=False), field.shape[0]) if field.shape else kind
 
 
-def _record_batches(exported: Exported, schema: Any) -> Iterator[Any]:
+def _record_batches(exported: Exported, schema: Any, last: int = NEVER) -> Iterator[Any]:
     import pyarrow as pa
 
     for rows in exported.row_blocks():
-        columns = {field.name: _column(field, field.take(rows), schema) for field in exported.fields}
-        yield pa.record_batch(list(columns.values()), schema=schema)
+        columns = [_column(field, field.take(rows), schema, last) for field in exported.fields]
+        columns += [_text_column(text.name, text.take(rows)) for text in exported.texts]
+        yield pa.record_batch(columns, schema=schema)
 
 
-def _column(field: Field, values: ndarray, schema: Any) -> Any:
+def _text_column(name: str, texts: Texts) -> Any:
+    import pyarrow as pa
+
+    decoded = texts.decoded()
+    return pa.array([tags_of(text) for text in decoded] if name == "tags" else decoded, _text_type(name))
+
+
+def _column(field: Field, values: ndarray, schema: Any, last: int) -> Any:
     import pyarrow as pa
 
     kind = schema.field(WRITTEN[field.name]).type
+    if field.name == EXPIRES:
+        never = values == NEVER
+        if (late := values[~never] > last).any():
+            moment = values[~never][late][0].item()
+            raise InvalidInput(f"a row expires {moment} s after 1970, which Parquet cannot say; write .arrow or .npz")
+        return pa.array(values, pa.int64(), mask=never).cast(kind)
     if not field.shape:
         return pa.array(values, kind)
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), type=kind)

@@ -65,8 +65,8 @@ def import_memory(
     Parameters
     ----------
     file : .npz, .parquet, .arrow, .feather or .safetensors, or a folder of .npy files, with the columns keys, labels,
-        predictions (or indices, probabilities and rest), and perhaps ids and groups. In Arrow and Parquet, labels, ids
-        and groups are called label, id and group.
+        predictions (or indices, probabilities and rest), and perhaps ids, groups, owners, expires, tags and snippets.
+        In Arrow and Parquet some are called label, id, group, owner and snippet.
     path : a new or empty directory; None keeps the memory in RAM.
     task, metric, n_outputs, class_names, key_dtype, prediction_dtype : as in `Memory.create`; they count more than what
         the file says.

@@ -2,22 +2,24 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Int64, Shaped
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.memory.attributes import EXPIRES, NEVER, TEXTS
 from residual_memory.memory.format import Manifest, decoded_strings
 from residual_memory.types import Task, TopM
 from residual_memory.validation import as_ids, as_keys, as_labels, as_predictions
 
 BLOCK_BYTES = 4 << 20
 TOP_M = ("indices", "probabilities", "rest")
-COLUMNS = ("keys", "predictions", *TOP_M, "labels", "ids", "groups")
+CARRIED = (EXPIRES, *TEXTS)
+COLUMNS = ("keys", "predictions", *TOP_M, "labels", "ids", "groups", *CARRIED)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Block:
     first : row number of the first.
     keys, predictions : as the source has them; predictions of one axis are one output.
     labels, ids, groups : None where the source has none.
+    owners, tags, snippets : of each row, empty where it has none; None where the source has none.
+    expires : seconds since 1970, `NEVER` where a row does not expire; None likewise.
     """
 
     first: int
@@ -37,6 +41,10 @@ class Block:
     labels: Shaped[ndarray, "b ..."] | None = None
     ids: Shaped[ndarray, " b"] | None = None
     groups: Shaped[ndarray, " b"] | None = None
+    owners: Sequence[str] | None = None
+    expires: Int64[ndarray, " b"] | None = None
+    tags: Sequence[tuple[str, ...]] | None = None
+    snippets: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,16 +63,25 @@ class Block:
     @property
     def arguments(self) -> dict[str, Any]:
         """What `Memory.append` takes."""
-        return {name: getattr(self, name) for name in ("keys", "labels", "predictions", "ids", "groups")}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "first"}
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What its rows carry beside the numbers, of what `Memory.append` takes."""
+        return {name: value for name in CARRIED if (value := getattr(self, name)) is not None}
+
+    def taken(self, rows: Bool[ndarray, " b"]) -> "Block":
+        """Some of the rows; the number of the first stays."""
+        return replace(self, **{name: _taken(value, rows) for name, value in self.arguments.items()})
 
 
 class Rows(ABC):
-    """Keys and predictions of examples, perhaps with labels, ids and groups, read block by block.
+    """Keys and predictions of examples, perhaps with labels, ids, groups and what rows carry, read block by block.
 
     Attributes
     ----------
     name : for messages.
-    columns : what a block has, of keys, predictions, labels, ids and groups.
+    columns : what a block has, of keys, predictions, labels, ids, groups, owners, expires, tags and snippets.
     top_m : whether predictions are `TopM`.
     manifest : of the memory that the rows were exported from; None for rows of any other origin.
     """
@@ -100,10 +117,18 @@ class Rows(ABC):
             labels = None if block.labels is None else as_labels(block.labels, task, width, len(keys))
             if len(said) != len(keys):
                 raise InvalidInput(f"there are {len(said):,} predictions for {len(keys):,} keys")
-            return Block(block.first, keys, said, labels, block.ids, block.groups)
+            return replace(block, keys=keys, predictions=said, labels=labels)
         except InvalidInput as error:
             last = block.first + len(block) - 1
             raise type(error)(f"in rows {block.first:,} to {last:,} of {self.name}: {error}") from None
+
+
+def _taken(values: Any, rows: Bool[ndarray, " b"]) -> Any:
+    if isinstance(values, TopM):
+        return TopM(values.indices[rows], values.probabilities[rows], values.rest[rows])
+    if values is None or isinstance(values, ndarray):
+        return values if values is None else values[rows]
+    return [value for value, wanted in zip(values, rows.tolist(), strict=True) if wanted]
 
 
 def _width(predictions: Any) -> int:
@@ -119,13 +144,13 @@ def task_of(block: Block) -> Task:
     return "classification" if labels.dtype.kind in "iu" and labels.ndim == 1 and wide else "regression"
 
 
-def block_of(first: int, values: Mapping[str, ndarray]) -> Block:
+def block_of(first: int, values: Mapping[str, Any]) -> Block:
     """A block of the columns that `needed` named."""
     named = dict(values)
     if "indices" in named:
         indices, listed, rest = (named.pop(name) for name in TOP_M)
         signed = indices.astype(np.int64) if indices.dtype.kind == "u" else indices
-        named["predictions"] = TopM(signed, listed, rest)  # type: ignore[assignment]
+        named["predictions"] = TopM(signed, listed, rest)
     return Block(first, **named)
 
 
@@ -152,7 +177,7 @@ def needed(name: str, present: Iterable[str], written: Mapping[str, str] | None 
             hint = f"; is {close[0]!r} meant to be it?" if close else ""
             found = ", ".join(map(repr, sorted(there))) or "nothing"
             raise InvalidInput(f"{name} holds no {calls[column]!r}, it has {found}{hint}")
-    wanted = ("keys", *said, "labels", "ids", "groups")
+    wanted = ("keys", *said, "labels", "ids", "groups", *CARRIED)
     return [column for column in wanted if calls[column] in there]
 
 
@@ -172,3 +197,18 @@ def texts(encoded: ndarray, where: str) -> ndarray:
         return decoded_strings(encoded)
     except UnicodeDecodeError as error:
         raise CorruptFile(f"{where} holds what is no text in UTF-8: {error}; write it again") from None
+
+
+def moments(values: ndarray, where: str) -> Int64[ndarray, " b"]:
+    """Seconds since 1970 of a column of numbers.
+
+    Raises
+    ------
+    InvalidInput : naming a value that is none.
+    """
+    if values.dtype.kind not in "iuf" or values.ndim != 1:
+        raise InvalidInput(f"{where} is {values.dtype} {values.shape}, expected seconds since 1970, one a row")
+    bad = ~((values >= 0) & ((values < 2.0**63) if values.dtype.kind == "f" else (values <= NEVER)))
+    if bad.any():
+        raise InvalidInput(f"{where} holds {values[bad][0].item()!r}, which is no moment; give seconds since 1970")
+    return values.astype(np.int64)

@@ -27,9 +27,10 @@ WRITERS: dict[str, Callable[[IO[bytes], Exported], None]] = {
 def export_memory(memory: Memory, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
     """Write all rows that are not forgotten to one file, with what makes an identical memory of them.
 
-    The file has the columns keys, labels, predictions (of top-m memories indices, probabilities and rest), ids and
-    groups; in Arrow and Parquet they are called label, id and group. Values are those that are stored, in their types,
-    but for probabilities on a log scale, which are decoded. Rows go out block by block: the memory may be larger than
+    The file has the columns keys, labels, predictions (of top-m memories indices, probabilities and rest), ids, groups,
+    and owners, expires, tags and snippets where a row has one; in Arrow and Parquet some are called label, id, group,
+    owner and snippet. Values are those that are stored, in their types, but for probabilities on a log scale, which are
+    decoded. Rows go out block by block: the memory may be larger than
     the RAM. The file appears under its name when it is whole and on the disk.
 
     Parameters
@@ -43,7 +44,8 @@ def export_memory(memory: Memory, path: str | os.PathLike[str], *, overwrite: bo
 
     Raises
     ------
-    InvalidInput : if the name ends in something else, the folder is missing, or something is there already.
+    InvalidInput : if the name ends in something else, the folder is missing, something is there already, or a row
+        expires in a year that Parquet cannot say.
     MissingExtra : if Arrow or Parquet is asked for without pyarrow.
     StorageFailure : if the disk refuses; nothing is left, and a file that was there before still is.
 
@@ -59,7 +61,8 @@ def export_memory(memory: Memory, path: str | os.PathLike[str], *, overwrite: bo
     target = Path(path)
     write = writer_for(target, overwrite=overwrite)
     exported = Exported(memory)
-    with whole_file(target) as file, progress_bar("exporting", exported.n_rows * len(exported.fields)) as advance:
+    n_steps = exported.n_rows * (len(exported.fields) + len(exported.texts))
+    with whole_file(target) as file, progress_bar("exporting", n_steps) as advance:
         exported.advance = advance
         write(file, exported)
     return exported.n_rows

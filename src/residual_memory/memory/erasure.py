@@ -39,7 +39,7 @@ class Search:
     ----------
     traces : byte strings of the erased rows: keys, predictions, names and texts.
     too_plain : traces left out since they are too short or too plain to tell, such as a key of zeros.
-    shared : finds that are a remaining row's own value, equal to an erased row's to the last bit.
+    shared : finds among the values of remaining rows: their own, equal to an erased row's to the last bit.
     found : finds that are not; 0 where the rows are erased.
     files, bytes : that were read, all those in the directory.
     """
@@ -217,10 +217,10 @@ def search(directory: Directory, snapshot: Snapshot, traces: Traces) -> Search:
         if finds and name in own:
             header = segment_header(directory, own[name].file)
             spans = {
-                column: (header.start + entry.first, header.start + entry.last, entry.shape[0])
+                column: (header.start + entry.first, header.start + entry.last)
                 for column, entry in header.entries.items()
             }
-            theirs = sum(_is_value(spans, traces.columns[which], at, len(traces.whole[which])) for at, which in finds)
+            theirs = sum(_is_inside(spans, traces.columns[which], at, len(traces.whole[which])) for at, which in finds)
             shared, found = shared + theirs, found + len(finds) - theirs
         else:
             found += len(finds)
@@ -228,15 +228,15 @@ def search(directory: Directory, snapshot: Snapshot, traces: Traces) -> Search:
     return Search(len(traces.whole), traces.too_plain, shared, found, len(names), n_bytes)
 
 
-def _is_value(spans: "dict[str, tuple[int, int, int]]", column: str, at: int, length: int) -> bool:
-    """Whether a find is one row's value of the column, and not bytes that lie astray."""
+def _is_inside(spans: "dict[str, tuple[int, int]]", column: str, at: int, length: int) -> bool:
+    """Whether a find is among the remaining rows' values of the column, and not bytes that lie astray.
+
+    It need not begin where a row does: predictions of few different values are found across two rows.
+    """
     if column not in spans:
         return False
-    first, last, n_rows = spans[column]
-    if not first <= at <= last - length:
-        return False
-    width = (last - first) // max(n_rows, 1)
-    return column in TEXTS or (at - first) % width == 0
+    first, last = spans[column]
+    return first <= at <= last - length
 
 
 def _filter(windows: UInt64[ndarray, " w"]) -> Bool[ndarray, " b"]:

@@ -6,6 +6,7 @@ manifest names what exists; a file that it does not name is a leftover, ignored 
 
 import errno
 import fcntl
+import io
 import os
 import secrets
 import stat
@@ -414,18 +415,42 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     ------
     StorageFailure : if the disk refuses; a file that had the name before is still there.
     """
-    part = part_of(path)
+    disk, part = Disk(), part_of(path)
     with _refusals(path):
         try:
-            with open(part, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            with disk.create(part, fresh=True) as file:
+                with io.BufferedWriter(_Through(disk, file)) as buffered:
+                    yield buffered
+                disk.sync(file)
+            disk.rename(part, path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                disk.remove(part)
             raise
-        Disk().sync_folder(path.parent)
+        disk.sync_folder(path.parent)
+
+
+class _Through(io.RawIOBase):
+    """A new file for those who want one of Python's, every write to which goes through the disk."""
+
+    def __init__(self, disk: Disk, file: BinaryIO) -> None:
+        self._disk, self._file = disk, file
+        self.name, self.mode = file.name, file.mode
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        return self._disk.write(self._file, memoryview(piece))
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def part_of(path: Path) -> Path:
@@ -440,9 +465,10 @@ def move(part: Path, path: Path) -> None:
     ------
     StorageFailure : if the disk refuses.
     """
+    disk = Disk()
     with _refusals(path):
-        os.replace(part, path)
-        Disk().sync_folder(path.parent)
+        disk.rename(part, path)
+        disk.sync_folder(path.parent)
 
 
 class _Checksums:

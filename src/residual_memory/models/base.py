@@ -12,6 +12,7 @@ import numpy as np
 
 from residual_memory.errors import FingerprintMismatch, InSampleResiduals, InvalidInput
 from residual_memory.memory import Memory
+from residual_memory.memory.attributes import NEVER
 from residual_memory.memory.format import MANIFEST
 from residual_memory.memory.segments import SEGMENT_BYTES
 from residual_memory.types import Metric, Observations, TopM
@@ -122,6 +123,7 @@ class Builder:
         """Take a batch; durable at the latest when the builder is left."""
         self._waiting.append(observations)
         self._bytes += len(observations) * self._memory.layout.bytes_per_row(_width(observations))
+        self._bytes += sum(map(len, (observations.carried or {}).get("snippets", ())))
         if self._bytes >= SEGMENT_BYTES // 2 or time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
 
@@ -136,6 +138,7 @@ class Builder:
             _joined([batch.predictions for batch in waiting]),
             ids=np.concatenate([batch.ids for batch in waiting]),
             groups=_joined_groups(waiting),
+            **_joined_carried(waiting),
         )
         self._bytes, self._committed = 0, time.monotonic()
 
@@ -186,6 +189,16 @@ def _joined(predictions: list[Any]) -> Any:
 def _joined_groups(batches: list[Observations]) -> Any:
     groups = [batch.groups for batch in batches if batch.groups is not None]
     return np.concatenate(groups) if groups else None
+
+
+_NOTHING: dict[str, Any] = {"owners": "", "expires": NEVER, "tags": (), "snippets": ""}
+
+
+def _joined_carried(batches: list[Observations]) -> dict[str, list[Any]]:
+    """What the rows of all carry; nothing where a batch does not say."""
+    carried = [(len(batch), batch.carried or {}) for batch in batches]
+    names = [name for name in _NOTHING if any(name in some for _, some in carried)]
+    return {name: [value for n, some in carried for value in some.get(name, [_NOTHING[name]] * n)] for name in names}
 
 
 def opened(path: str | os.PathLike[str] | None, source: Source, **options: Any) -> Memory:

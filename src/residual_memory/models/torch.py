@@ -341,7 +341,8 @@ def observe(
     if not seen:
         raise InvalidInput("the data set is empty: there is nothing to observe")
     columns = ("ids", "keys", "labels", "predictions")
-    return Observations(*(np.concatenate([getattr(batch, name) for batch in seen]) for name in columns))
+    joined: dict[str, Any] = {name: np.concatenate([getattr(batch, name) for batch in seen]) for name in columns}
+    return Observations(**joined)
 
 
 class Watch:
