@@ -170,8 +170,8 @@ def test_what_rows_cannot_carry_is_refused_and_nothing_is_added(
     files = sorted(place.iterdir()) if place else []
     with pytest.raises(InvalidInput, match=next(iter(bad))[:-1] if "expires" not in bad else "moment|time zone"):
         add(memory, problem, slice(0, 3), **bad)
+    some = problem.rows(slice(0, 3))
     with pytest.raises(InvalidInput):
-        some = problem.rows(slice(0, 3))
         memory.extend([{"keys": some.keys, "labels": some.labels, "predictions": some.predictions, **bad}])
     assert (len(memory), memory.version, memory.next_id) == (60, 1, 60)
     assert files == (sorted(place.iterdir()) if place else [])
