@@ -48,7 +48,8 @@ def mixed(problem: Problem, place: Path | None) -> tuple[Memory, dict[int, tuple
     tags = [[], ["b"], ["a", "abc"], ["b"], ["bb"]]
     add(memory, problem, slice(10, 15), tags=tags, expires=[0, 5, SOON, LATER, NEVER])
     add(memory, problem, slice(15, 16), owners="zoë", expires=1.75)
-    wanted = {n: (f"o{n}", NEVER, ("a", "ab", "ü 🦜"), TEXTS[n]) for n in range(7)}
+    wanted: dict[int, tuple[str, int, tuple[str, ...], str]] = {}
+    wanted |= {n: (f"o{n}", NEVER, ("a", "ab", "ü 🦜"), TEXTS[n]) for n in range(7)}
     wanted |= {n: NOTHING for n in range(7, 10)}
     moments = [0, 5, int(SOON.timestamp()), int(LATER.timestamp()), NEVER]
     wanted |= {10 + n: ("", moments[n], tuple(tags[n]), "") for n in range(5)}

@@ -19,6 +19,7 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, MemoryNotFound, StorageFailure
 from residual_memory.memory import Memory, erasure, segments, storage
 from residual_memory.memory.erasure import Certificate, Search
+from residual_memory.memory.format import canonical
 from residual_memory.memory.storage import Directory
 from tests.problems import Problem, classification, empty_memory, knn_of, memory_of, same_bits
 
@@ -383,7 +384,7 @@ def test_a_file_that_is_no_certificate_is_refused_under_a_right_checksum(
     file = tmp_path / "certificate.json"
     certificate.save(file)
     body = json.loads(file.read_bytes())["body"]
-    file.write_bytes(erasure.canonical({**body, **change}))
+    file.write_bytes(canonical({**body, **change}))
     with pytest.raises(CorruptFile, match="no certificate"):
         Certificate.load(file)
 

@@ -236,7 +236,8 @@ def test_a_label_in_an_array_without_axes_is_a_label(memory: Memory) -> None:
 
 
 def test_forget_takes_ids_or_conditions_and_not_both(memory: Memory) -> None:
-    for given_ in ({}, {"ids": [0], "where": {"owner": "bob"}}):
+    both: dict[str, Any] = {"ids": [0], "where": {"owner": "bob"}}
+    for given_ in ({}, both):
         with pytest.raises(InvalidInput, match="one of both"):
             memory.forget(**given_)
     assert (len(memory), memory.version) == (4, 1)

@@ -743,7 +743,11 @@ def filled(path: str | os.PathLike[str], manifest: Manifest, tables: Iterable[Ta
             rows += len(table["ids"])
             yield None, table
 
-    memory._commit_rows("append", counted(), lambda: (rows, {}))
+    try:
+        memory._commit_rows("append", counted(), lambda: (rows, {}))
+    except BaseException:
+        memory.close()
+        raise
     return memory
 
 
