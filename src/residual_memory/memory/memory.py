@@ -20,6 +20,7 @@ from residual_memory._version import __version__
 from residual_memory.errors import (
     CorruptFile,
     InvalidInput,
+    MemoryLocked,
     MemoryNotFound,
     ReadOnlyMemory,
     StorageFailure,
@@ -167,18 +168,20 @@ class Memory:
         directory = Directory.at(path)
         if not (directory.path / MANIFEST).exists():
             raise MemoryNotFound(f"there is no memory at {directory.path}: it has no {MANIFEST}")
-        if writable:
-            directory.lock()
         try:
+            if writable:
+                directory.lock()
             snapshot = read_snapshot(directory)
             if verify and (problems := damage(directory, snapshot.manifest)):
                 raise CorruptFile(f"{directory.path} is damaged: {'; '.join(map(str, problems))}")
             if writable:
                 _sweep(directory, snapshot.manifest)
+            return Memory(directory, snapshot, writable=writable)
+        except MemoryLocked:
+            raise  # the lock is another handle's, perhaps through this very directory
         except BaseException:
             directory.unlock()
             raise
-        return Memory(directory, snapshot, writable=writable)
 
     # ------------------------------------------------------------------ what it holds
 
@@ -721,14 +724,16 @@ def begun(path: "str | os.PathLike[str] | Directory | None", manifest: Manifest)
     directory = Directory.at(path)
     _require_empty(directory)
     directory.make()
-    directory.lock()
     try:
+        directory.lock()
         _require_empty(directory)
         directory.replace(MANIFEST, manifest.to_bytes())
+        return Memory(directory, snapshot, writable=True)
+    except MemoryLocked:
+        raise
     except BaseException:
         directory.unlock()
         raise
-    return Memory(directory, snapshot, writable=True)
 
 
 def filled(path: str | os.PathLike[str], manifest: Manifest, tables: Iterable[Table]) -> Memory:
