@@ -89,7 +89,7 @@ class Tracer:
         return None
 
     def moments(self) -> list[tuple[Place, int]]:
-        """Each line that reaches the disk or changes the handle, at its first and last time; of others, every fourth."""
+        """Lines that reach the disk or change the handle, at their first and last time; of others, every fourth."""
         chosen = set()
         for number, (place, times) in enumerate(self.times.items()):
             if Path(place[0]).name in ("memory.py", "storage.py"):
