@@ -216,17 +216,24 @@ def as_seconds(moment: Any) -> int:
 
 
 def _seconds(expires: Any, n: int) -> Int64[ndarray, " n"]:
-    if isinstance(expires, ndarray) and expires.dtype.kind in "iu":
+    if isinstance(expires, ndarray):
         expires = expires.tolist()
-    several = isinstance(expires, Sequence | ndarray)
+    several = isinstance(expires, Sequence)
     values = [as_seconds(moment) for moment in expires] if several else [as_seconds(expires)] * n
     if len(values) != n:
         raise InvalidInput(f"expires has {len(values):,} moments for {n:,} rows")
     return np.array(values, np.int64)
 
 
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values.tolist() if isinstance(values, ndarray) else values)
+    except TypeError:
+        raise InvalidInput(f"{name} holds {values!r}, expected a list of strings") from None
+
+
 def _strings(name: str, values: Any, n: int) -> list[str]:
-    listed = values.tolist() if isinstance(values, ndarray) else list(values)
+    listed = _listed(name, values)
     if isinstance(values, str) or len(listed) != n:
         raise InvalidInput(f"{name} has {len(listed):,} entries, expected a string for each of {n:,} rows")
     for value in listed:
@@ -236,14 +243,14 @@ def _strings(name: str, values: Any, n: int) -> list[str]:
 
 
 def _tag_lists(tags: Any, n: int) -> Iterator[Sequence[str]]:
-    listed = list(tags)
     if isinstance(tags, str):
         raise InvalidInput(f"tags is the string {tags!r}, expected a list of tags, or one list a row")
+    listed = _listed("tags", tags)
     if all(isinstance(tag, str) for tag in listed):
         return iter([listed] * n)
     if len(listed) != n or any(isinstance(some, str) for some in listed):
         raise InvalidInput(f"tags has {len(listed):,} entries, expected a list of tags for each of {n:,} rows")
-    return iter(listed)
+    return (_listed("tags", some) for some in listed)
 
 
 def _tag_text(tags: Sequence[str]) -> str:

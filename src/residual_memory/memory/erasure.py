@@ -39,7 +39,8 @@ class Search:
     ----------
     traces : byte strings of the erased rows: keys, predictions, names and texts.
     too_plain : traces left out since they are too short or too plain to tell, such as a key of zeros.
-    shared : finds among the values of remaining rows: their own, equal to an erased row's to the last bit.
+    shared : finds that are remaining rows' own values of the same kind: equal to an erased row's to the last bit, or
+        next to each other, as where few probabilities are taken by all.
     found : finds that are not; 0 where the rows are erased.
     files, bytes : that were read, all those in the directory.
     """
@@ -145,14 +146,14 @@ class Traces:
     Attributes
     ----------
     whole : the byte strings, no two alike.
-    columns : the column that each comes from.
+    columns : those that each is a value of, in one erased row or another.
     windows : eight bytes of each as one number.
     places : where in the byte string the window is.
     too_plain : byte strings without a window that tells anything.
     """
 
     whole: list[bytes]
-    columns: list[str]
+    columns: list[frozenset[str]]
     windows: UInt64[ndarray, " w"]
     places: Int64[ndarray, " w"]
     too_plain: int
@@ -160,11 +161,12 @@ class Traces:
 
 def traces_of(snapshot: Snapshot, rows: Int64[ndarray, " g"]) -> Traces:
     """The bytes of these rows as they lie in the files."""
-    strings: dict[bytes, str] = {}
+    strings: dict[bytes, frozenset[str]] = {}
     for table, some in zip(snapshot.tables, snapshot.by_segment(rows)[0], strict=True):
         for name in _SEARCHED:
             if name in table and len(some):
-                strings |= dict.fromkeys(_bytes_of(table, name, some), name)
+                for text in _bytes_of(table, name, some):
+                    strings[text] = strings.get(text, frozenset()) | {name}
     chosen = {text: place for text in strings if (place := _telling(text)) is not None}
     windows = np.array([int.from_bytes(t[p : p + WINDOW], "little") for t, p in chosen.items()], np.uint64)
     order = np.argsort(windows)
@@ -220,7 +222,10 @@ def search(directory: Directory, snapshot: Snapshot, traces: Traces) -> Search:
                 column: (header.start + entry.first, header.start + entry.last)
                 for column, entry in header.entries.items()
             }
-            theirs = sum(_is_inside(spans, traces.columns[which], at, len(traces.whole[which])) for at, which in finds)
+            theirs = sum(
+                any(_is_value(spans, column, at, len(traces.whole[which])) for column in traces.columns[which])
+                for at, which in finds
+            )
             shared, found = shared + theirs, found + len(finds) - theirs
         else:
             found += len(finds)
@@ -228,14 +233,9 @@ def search(directory: Directory, snapshot: Snapshot, traces: Traces) -> Search:
     return Search(len(traces.whole), traces.too_plain, shared, found, len(names), n_bytes)
 
 
-def _is_inside(spans: "dict[str, tuple[int, int]]", column: str, at: int, length: int) -> bool:
-    """Whether a find is among the remaining rows' values of the column, and not bytes that lie astray.
-
-    It need not begin where a row does: predictions of few different values are found across two rows.
-    """
-    if column not in spans:
-        return False
-    first, last = spans[column]
+def _is_value(spans: "dict[str, tuple[int, int]]", column: str, at: int, length: int) -> bool:
+    """Whether a find is of remaining rows' values of the column, one or several, and not bytes that lie astray."""
+    first, last = spans.get(column, (0, -1))
     return first <= at <= last - length
 
 

@@ -20,6 +20,7 @@ from residual_memory._version import __version__
 from residual_memory.errors import (
     CorruptFile,
     InvalidInput,
+    MemoryLocked,
     MemoryNotFound,
     ReadOnlyMemory,
     StorageFailure,
@@ -87,6 +88,7 @@ class Memory:
     >>> memory.append([[0.0, 0.0], [1.0, 1.0]], [0, 1], [[0.9, 0.1], [0.8, 0.2]])
     array([0, 1])
     >>> memory.forget([0])
+    1
     >>> len(memory), memory.ids
     (1, array([1]))
     """
@@ -167,18 +169,20 @@ class Memory:
         directory = Directory.at(path)
         if not (directory.path / MANIFEST).exists():
             raise MemoryNotFound(f"there is no memory at {directory.path}: it has no {MANIFEST}")
-        if writable:
-            directory.lock()
         try:
+            if writable:
+                directory.lock()
             snapshot = read_snapshot(directory)
             if verify and (problems := damage(directory, snapshot.manifest)):
                 raise CorruptFile(f"{directory.path} is damaged: {'; '.join(map(str, problems))}")
             if writable:
                 _sweep(directory, snapshot.manifest)
+            return Memory(directory, snapshot, writable=writable)
+        except MemoryLocked:
+            raise  # the lock is another handle's, perhaps through this very directory
         except BaseException:
             directory.unlock()
             raise
-        return Memory(directory, snapshot, writable=writable)
 
     # ------------------------------------------------------------------ what it holds
 
@@ -721,14 +725,16 @@ def begun(path: "str | os.PathLike[str] | Directory | None", manifest: Manifest)
     directory = Directory.at(path)
     _require_empty(directory)
     directory.make()
-    directory.lock()
     try:
+        directory.lock()
         _require_empty(directory)
         directory.replace(MANIFEST, manifest.to_bytes())
+        return Memory(directory, snapshot, writable=True)
+    except MemoryLocked:
+        raise
     except BaseException:
         directory.unlock()
         raise
-    return Memory(directory, snapshot, writable=True)
 
 
 def filled(path: str | os.PathLike[str], manifest: Manifest, tables: Iterable[Table]) -> Memory:
@@ -743,7 +749,11 @@ def filled(path: str | os.PathLike[str], manifest: Manifest, tables: Iterable[Ta
             rows += len(table["ids"])
             yield None, table
 
-    memory._commit_rows("append", counted(), lambda: (rows, {}))
+    try:
+        memory._commit_rows("append", counted(), lambda: (rows, {}))
+    except BaseException:
+        memory.close()
+        raise
     return memory
 
 

@@ -22,6 +22,7 @@ from residual_memory.memory.format import (
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import Directory, FileRecord
 
+NAMES = ("ids", "groups")
 GONE_ROWS: Columns = {"rows": (np.dtype(np.int64), ())}
 GONE_BITS: Columns = {"bits": (np.dtype(np.uint8), ())}
 
@@ -65,11 +66,23 @@ def rows_of(directory: Directory, manifest: Manifest, segment: Segment) -> Table
     ------
     CorruptFile : if they are not those that the manifest tells of.
     """
-    columns = open_segment(directory, segment, segment_columns(manifest), ATTRIBUTES)
-    for name in ("ids", "groups"):
-        if name in columns and columns[name].dtype == np.uint8:
-            columns[name] = _decoded(columns[name], directory.path / segment.file.name)
-    return columns
+    return decoded_names(columns_of(directory, manifest, segment), directory.path / segment.file.name)
+
+
+def columns_of(directory: Directory, manifest: Manifest, segment: Segment) -> dict[str, ndarray]:
+    """The columns of a segment of rows as they lie in its file: ids and groups that are strings as bytes."""
+    return open_segment(directory, segment, segment_columns(manifest), ATTRIBUTES)
+
+
+def decoded_names(columns: dict[str, ndarray], where: Path) -> Table:
+    """The columns with ids and groups as strings where they are that.
+
+    Raises
+    ------
+    CorruptFile : if they are no text.
+    """
+    coded = [name for name in NAMES if name in columns and columns[name].dtype == np.uint8]
+    return {**columns, **{name: _decoded(columns[name], where) for name in coded}}
 
 
 def forgotten_of(directory: Directory, manifest: Manifest) -> Int64[ndarray, " g"]:

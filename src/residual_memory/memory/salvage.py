@@ -1,6 +1,7 @@
 """What can be saved of a damaged memory: every row of which no byte lies in a damaged place."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,12 +14,20 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, MemoryNotFound, ResidualMemoryError
 from residual_memory.memory.attributes import ENDS, TEXTS
 from residual_memory.memory.checking import Problem
-from residual_memory.memory.format import COPY, MANIFEST, Manifest, Segment, segment_header
+from residual_memory.memory.format import COPY, MANIFEST, SEGMENT_NAME, Manifest, Segment, segment_header
 from residual_memory.memory.memory import filled, require_empty
-from residual_memory.memory.reading import forgotten_in, forgotten_of, read_manifest, rows_of
+from residual_memory.memory.reading import (
+    NAMES,
+    columns_of,
+    decoded_names,
+    forgotten_in,
+    forgotten_of,
+    read_manifest,
+)
 from residual_memory.memory.segments import table_of
 from residual_memory.memory.snapshot import Snapshot, Table
 from residual_memory.memory.storage import Damage, Directory, FileRecord, move, part_of
+from residual_memory.memory.tensors import Header, header_bytes
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,10 @@ def salvage(path: str | os.PathLike[str], to: str | os.PathLike[str], *, keep_fo
         raise MemoryNotFound(f"there is no memory at {path}")
     require_empty(to)
     manifest, problems = _manifest(directory)
+    copied = bool(problems)
     damages = directory.check_all(manifest.files())
     problems += [Problem(name, damage.what) for name, found in damages.items() for damage in found]
-    forgotten = _forgotten(directory, manifest, damages, keep_forgotten)
+    forgotten = _forgotten(directory, manifest, damages, copied, keep_forgotten)
     alive = np.ones(manifest.n_rows, bool)
     alive[forgotten] = False
     parts = [(s, *_rows(directory, manifest, s, damages[s.file.name])) for s in manifest.segments]
@@ -89,18 +99,21 @@ def _manifest(directory: Directory) -> tuple[Manifest, list[Problem]]:
 
 
 def _forgotten(
-    directory: Directory, manifest: Manifest, damages: dict[str, list[Damage]], keep: bool
+    directory: Directory, manifest: Manifest, damages: dict[str, list[Damage]], copied: bool, keep: bool
 ) -> Int64[ndarray, " g"]:
     """Rows that were forgotten, by the manifest and by a later change that a copy of the manifest does not know of."""
     rows = [np.zeros(0, np.int64)]
     segment = manifest.forgotten
     try:
-        if segment is not None and damages[segment.file.name]:
-            raise CorruptFile(f"{directory.path / segment.file.name} is damaged")
-        rows.append(forgotten_of(directory, manifest))
-        for name in directory.names():
-            if name.startswith("gone-") and int(name.split("-")[1]) > manifest.version:
-                rows.append(_unnamed(directory, manifest, name))
+        # Beside a manifest that is whole such a file is of a change that was never acknowledged.
+        later = _later(directory, manifest) if copied else []
+        if later and any(directory.length(segment.file.name) is None for segment in manifest.segments):
+            raise CorruptFile(f"{directory.path / later[0]} may count rows as they are since a compaction")
+        rows += [_unnamed(directory, manifest, name) for name in later]
+        if segment is not None and not (later and damages[segment.file.name]):  # a later file names all of its rows
+            if damages[segment.file.name]:
+                raise CorruptFile(f"{directory.path / segment.file.name} is damaged")
+            rows.append(forgotten_of(directory, manifest))
     except CorruptFile as error:
         if not keep:
             raise CorruptFile(
@@ -108,6 +121,12 @@ def _forgotten(
             ) from None
         return np.zeros(0, np.int64)
     return np.unique(np.concatenate(rows))
+
+
+def _later(directory: Directory, manifest: Manifest) -> list[str]:
+    """Files of forgotten rows that are newer than the manifest at hand."""
+    found = (re.fullmatch(SEGMENT_NAME, name) for name in directory.names())
+    return [m[0] for m in found if m and m[1] == "gone" and int(m[0].split("-")[1]) > manifest.version]
 
 
 def _unnamed(directory: Directory, manifest: Manifest, name: str) -> Int64[ndarray, " g"]:
@@ -120,26 +139,43 @@ def _rows(
     directory: Directory, manifest: Manifest, segment: Segment, damages: list[Damage]
 ) -> tuple[Table | None, Bool[ndarray, " n"]]:
     """The columns of a segment, and which of its rows are as they were written."""
-    whole = np.zeros(segment.n_rows, bool)
+    whole = np.ones(segment.n_rows, bool)
     try:
-        table = rows_of(directory, manifest, segment)
+        columns = columns_of(directory, manifest, segment)
         header = segment_header(directory, segment.file)
-    except ResidualMemoryError:
-        return None, whole
-    whole[:] = True
-    for damage in damages:
-        for name, entry in header.entries.items():
-            first, last = (place - header.start - entry.first for place in (damage.first, damage.last))
-            if last < 0 or first >= entry.last - entry.first:
-                continue
-            if name in TEXTS:
-                whole &= ~_touched(table[name + ENDS], first, last)
-            elif name.removesuffix(ENDS) in TEXTS:
-                whole[:] = False
-            else:
-                width = max((entry.last - entry.first) // max(segment.n_rows, 1), 1)
-                whole[max(first // width, 0) : last // width + 1] = False
-    return table, whole
+        if any(damage.first < header.start for damage in damages) and not _is_own(directory, segment, header):
+            return None, ~whole
+        for damage in damages:
+            whole &= ~_damaged(columns, header, damage, segment.n_rows)
+        for name in NAMES:
+            if name in columns and columns[name].dtype == np.uint8:
+                columns[name] = np.where(whole[:, None], columns[name], 0)  # what is damaged may be no text
+        return decoded_names(columns, directory.path / segment.file.name), whole
+    except CorruptFile:
+        return None, np.zeros(segment.n_rows, bool)
+
+
+def _is_own(directory: Directory, segment: Segment, header: Header) -> bool:
+    """Whether the header is to the byte the one that this library writes for such columns."""
+    columns = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items() if entry.dtype is not None}
+    return directory.head(segment.file.name, header.start) == header_bytes(columns)[0]
+
+
+def _damaged(columns: Table, header: Header, damage: Damage, n_rows: int) -> Bool[ndarray, " n"]:
+    """Rows of which a byte lies in a damaged place."""
+    damaged = np.zeros(n_rows, bool)
+    for name, entry in header.entries.items():
+        first, last = (place - header.start - entry.first for place in (damage.first, damage.last))
+        if last < 0 or first >= entry.last - entry.first:
+            continue
+        if name in TEXTS:
+            damaged |= _touched(columns[name + ENDS], first, last)
+        elif name.removesuffix(ENDS) in TEXTS:
+            damaged[:] = True
+        else:
+            width = max((entry.last - entry.first) // max(n_rows, 1), 1)
+            damaged[max(first // width, 0) : last // width + 1] = True
+    return damaged
 
 
 def _touched(ends: Int64[ndarray, " n"], first: int, last: int) -> Bool[ndarray, " n"]:

@@ -102,7 +102,9 @@ def _met(snapshot: Snapshot, name: str, wanted: Any) -> Bool[ndarray, " n"]:
     if name == "expired":
         return _expired(snapshot, wanted)
     met = np.zeros(snapshot.n_rows, bool)
-    several = isinstance(wanted, Sequence | ndarray | set | frozenset) and not isinstance(wanted, str)
+    if isinstance(wanted, ndarray):
+        wanted = wanted.tolist()
+    several = isinstance(wanted, Sequence | set | frozenset) and not isinstance(wanted, str | bytes)
     for value in wanted if several else [wanted]:
         met |= _equal(snapshot, name, value)
     return met
@@ -110,7 +112,7 @@ def _met(snapshot: Snapshot, name: str, wanted: Any) -> Bool[ndarray, " n"]:
 
 def _equal(snapshot: Snapshot, name: str, value: Any) -> Bool[ndarray, " n"]:
     if name in ("owner", "tag"):
-        if not isinstance(value, str):
+        if not _is_text(value):
             raise InvalidInput(f"{name} is {value!r}, expected a string")
         texts = snapshot.texts(f"{name}s")
         return texts.equal_to(value) if name == "owner" else texts.having(value)
@@ -119,13 +121,19 @@ def _equal(snapshot: Snapshot, name: str, value: Any) -> Bool[ndarray, " n"]:
     column = snapshot.all_groups if name == "group" else snapshot.targets(np.arange(snapshot.n_rows))
     if column is None:
         raise InvalidInput("the rows of this memory have no group; leave it out")
-    kind = "a string" if column.dtype.kind == "U" else "a whole number"
-    if isinstance(value, bool) or isinstance(value, str) != (column.dtype.kind == "U"):
-        raise InvalidInput(f"{name} is {value!r}, expected {kind}")
+    named = column.dtype.kind == "U"
+    if not (_is_text(value) if named else isinstance(value, int | np.integer) and not isinstance(value, bool)):
+        raise InvalidInput(f"{name} is {value!r}, expected {'a string' if named else 'a whole number'}")
     return np.asarray(column == value)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that a row may carry."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _expired(snapshot: Snapshot, wanted: Any) -> Bool[ndarray, " n"]:
     if wanted is False:
         return snapshot.expires > int(time.time())
-    return snapshot.expires <= (int(time.time()) if wanted is True else as_seconds(wanted))
+    moment = int(time.time()) if wanted is True else as_seconds(wanted)
+    return (snapshot.expires <= moment) & (snapshot.expires < NEVER)

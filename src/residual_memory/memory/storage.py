@@ -115,10 +115,10 @@ class Disk:
         file: BinaryIO = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         except BaseException:
             file.close()
             raise
-        return file
 
 
 class Directory:
