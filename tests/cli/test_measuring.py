@@ -105,7 +105,7 @@ def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: Task) -
     types = ("--key-dtype", dtype, "--prediction-dtype", dtype, "--task", task)
     found = done("estimate", "--rows", n, "--dim", d, "--outputs", c, *types, "--json").json
     assert found["disk_bytes"] == pytest.approx(
-        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir() if file.suffix == ".safetensors"), rel=0.1
+        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir()), rel=0.1
     )
 
 
@@ -120,7 +120,7 @@ def test_an_estimate_of_top_m_rows_is_near_the_files(tmp_path: Path, dtype: str,
     words = ("--rows", n, "--dim", d, "--outputs", c, "--key-dtype", "float16", "--prediction-dtype", dtype)
     found = done("estimate", *words, "--top-m", m, "--json").json
     assert found["disk_bytes"] == pytest.approx(
-        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir() if file.suffix == ".safetensors"), rel=0.05
+        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir()), rel=0.05
     )
     assert (found["top_m"], found["layout"]["residuals"]) == (m, "top-m")
 
