@@ -47,7 +47,7 @@ def test_rows_that_carry_something_join_a_memory_of_format_1(tmp_path: Path, kin
     path, wanted = old(kind, tmp_path)
     assert body_of(path)["format"] == 1
     with Memory.open(path, writable=True) as memory:
-        assert len(memory.history) == 0
+        assert not len(memory.history)
         (name,) = memory.append(**row_like(memory), owners="zoë", tags=["x"], expires=5, snippets=["s"]).tolist()
         assert body_of(path)["format"] == FORMAT
         assert memory.find({"owner": "zoë", "tag": "x", "expired": 5}).tolist() == [name]
