@@ -403,5 +403,5 @@ def segment_header(directory: Directory, record: FileRecord) -> Header:
 def _check_column(entry: Entry, dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> None:
     """Compare with the type and shape that a column must have, −1 where an axis is free."""
     fits = len(entry.shape) == len(shape) and all(b in (-1, a) for a, b in zip(entry.shape, shape, strict=True))
-    if entry.dtype != dtype or not fits:
+    if entry.dtype is None or entry.dtype != dtype or not fits:  # to numpy None is a float64
         raise CorruptFile(f"{where} is {entry.kind} {entry.shape}, expected {dtype} {shape}")

@@ -126,7 +126,7 @@ def sweep(directory: Directory, generation: int, kept: Iterable[SavedPart] | Non
 
 
 def stale(directory: Directory, generation: int, kept: Iterable[SavedPart] | None = None) -> list[str]:
-    """What is of another generation, and the files that no description names; descriptions first.
+    """What is of another generation or lacks a file, and the files that no description names; descriptions first.
 
     Parameters
     ----------
@@ -136,7 +136,9 @@ def stale(directory: Directory, generation: int, kept: Iterable[SavedPart] | Non
     described = [_described(directory, name) for name in _descriptions(directory)] if kept is None else kept
     for part in described:
         if part is not None and part.generation == generation:
-            named |= {part.file, *(record.name for record in part.pieces.values())}
+            records = part.pieces.values()
+            if all(directory.length(record.name) == record.length for record in records):
+                named |= {part.file, *(record.name for record in records)}
     # Descriptions go first: what they name is then no part that somebody may take for whole.
     names = sorted(directory.names(), key=lambda name: not name.endswith(".json"))
     return [name for name in names if name.startswith(PREFIX) and name not in named]
