@@ -61,6 +61,7 @@ def test_what_rows_carry_comes_back_through_every_change(
     problem: Problem, place: Path | None, merged: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segments, "MERGE_BYTES", merged)
+    monkeypatch.setattr(segments, "FAN", 2)
     memory, wanted = mixed(problem, place)
     assert len(memory.snapshot.tables) == (4 if merged == 0 else 2)
     assert carried(memory) == list(wanted.values())
@@ -288,8 +289,9 @@ def forged_home(path: Path, ends: list[int]) -> Path:
 @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_forged_ends_are_damage_and_no_wrong_text(
-    tmp_path: Path, ends: list[int], ask: Callable[[Memory], Any]
+    tmp_path: Path, ends: list[int], ask: Callable[[Memory], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(segments, "FAN", 2)  # so that an append joins its rows with those that are there
     with Memory.open(forged_home(tmp_path / "memory", ends), writable=True, verify=True) as memory:
         in_a_letter = ends == ENDS["within a letter"] and ask not in (ASKED["attributes"], ASKED["inventory"])
         if not in_a_letter:  # such ends are seen when the text is read as text

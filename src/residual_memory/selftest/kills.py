@@ -196,6 +196,7 @@ def _main() -> None:
     for name, kind in kinds.items():
         parser.add_argument(name, type=kind)
     parser.add_argument("sent", type=lambda name: signal.Signals[name])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     print(json.dumps(asdict(_trials(**vars(parser.parse_args())))))
 
 
