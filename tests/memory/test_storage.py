@@ -326,6 +326,14 @@ def test_the_next_writer_sweeps_what_an_interrupted_one_left(home: Path) -> None
         assert files(home) == named(memory) | {"notes.txt"}
 
 
+def test_a_writer_holds_room_for_forgetting_from_the_start(home: Path) -> None:
+    (home / "reserve").unlink()
+    Memory.open(home)
+    assert not (home / "reserve").exists(), "a reader writes nothing"
+    Memory.open(home, writable=True).close()
+    assert (home / "reserve").stat().st_size >= 64 << 10
+
+
 # ---------------------------------------------------------------------- one writer
 
 WRITER = """

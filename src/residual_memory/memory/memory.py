@@ -177,6 +177,7 @@ class Memory:
                 raise CorruptFile(f"{directory.path} is damaged: {'; '.join(map(str, problems))}")
             if writable:
                 _sweep(directory, snapshot.manifest)
+                _hold_room(directory, snapshot.manifest, len(snapshot.manifest.to_bytes()))
             return Memory(directory, snapshot, writable=writable)
         except MemoryLocked:
             raise  # the lock is another handle's, perhaps through this very directory
@@ -638,7 +639,7 @@ class Memory:
                 self._adopt(snapshot)
             raise
         self._directory.put(COPY, content)
-        self._directory.keep_reserve(RESERVE_BYTES + 2 * len(content) + manifest.n_rows // 8)
+        _hold_room(self._directory, manifest, len(content))
 
     def _adopt(self, snapshot: Snapshot) -> None:
         """See a committed snapshot, and remove the files that only the one before it needed."""
@@ -780,6 +781,11 @@ def _require_empty(directory: Directory) -> None:
 def _sweep(directory: Directory, manifest: Manifest) -> None:
     for name in _leftovers(directory, manifest):
         directory.remove(name)
+
+
+def _hold_room(directory: Directory, manifest: Manifest, length: int) -> None:
+    """Keep as much of the disk as forgetting may need, where there is that much; `length` is the manifest's."""
+    directory.keep_reserve(RESERVE_BYTES + 2 * length + manifest.n_rows // 8)
 
 
 def _leftovers(directory: Directory, manifest: Manifest) -> list[str]:
