@@ -87,7 +87,7 @@ def _mutations() -> Row:
     noticed = {" in ".join(site): power_losses(most=MOST, muted=site, stop_at=1) for site in sites}
     return {
         "sites": len(sites),
-        "noticed": {name: found.violations[0] for name, found in noticed.items() if found.violations},
+        "states_until_noticed": {name: found.states for name, found in noticed.items() if found.violations},
         "violations": [name for name, found in noticed.items() if not found.violations],
     }
 
