@@ -18,7 +18,7 @@ from residual_memory.errors import CorruptFile, MemoryNotFound
 from residual_memory.memory.attributes import ENDS, TEXTS
 from residual_memory.memory.format import canonical, checked_body, segment_header
 from residual_memory.memory.snapshot import Snapshot, Table
-from residual_memory.memory.storage import LOCK, RESERVE, Directory
+from residual_memory.memory.storage import LOCK, RESERVE, Directory, whole_file
 from residual_memory.validation import as_ids
 
 CERTIFICATE_FORMAT = 1
@@ -88,8 +88,14 @@ class Certificate:
         return ids_digest(as_ids(np.atleast_1d(np.asarray(ids)))) == self.ids_sha256
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file."""
-        Path(path).write_bytes(canonical({"format": CERTIFICATE_FORMAT, **asdict(self)}))
+        """Write it to a file, durably.
+
+        Raises
+        ------
+        StorageFailure : if the disk refuses; nothing of it is there then.
+        """
+        with whole_file(Path(path)) as file:
+            file.write(canonical({"format": CERTIFICATE_FORMAT, **asdict(self)}))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Certificate":
