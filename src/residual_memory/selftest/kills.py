@@ -23,7 +23,7 @@ from residual_memory.memory import Memory
 from residual_memory.selftest.workload import State, Step, add, create, state_of, steps
 
 OPERATIONS = ("build", "append", "forget", "compact")
-LONGEST_WAIT = 0.03  # seconds before the signal
+LONGEST_WAIT = 0.03  # seconds before the signal; on a slow disk as long as it takes to make ten memories
 LARGE_ENOUGH = 200  # rows that a trial begins with at least
 _ROUNDS = {
     "build": ("append",) * 400,
@@ -98,6 +98,7 @@ def _trials(folder: Path, operation: str, n_trials: int, seed: int, sent: signal
     random = np.random.default_rng([seed, OPERATIONS.index(operation)])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "memory"
+    longest = max(LONGEST_WAIT, 10 * _seconds_of_making(folder / "first"))
     violations: list[str] = []
     under_way = acknowledged = 0
     for number in range(n_trials):
@@ -111,7 +112,7 @@ def _trials(folder: Path, operation: str, n_trials: int, seed: int, sent: signal
         if not started:
             _work(path, operation, made, log)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        time.sleep(float(random.uniform(0, LONGEST_WAIT)))
+        time.sleep(float(random.uniform(0, longest)))
         os.kill(started, sent)
         _, status = os.waitpid(started, 0)
         begun, done = log.counts()
@@ -120,6 +121,12 @@ def _trials(folder: Path, operation: str, n_trials: int, seed: int, sent: signal
         if wrong is not None:
             violations.append(f"trial {number}, {done} of {begun} changes acknowledged: {wrong}")
     return KillReport(operation, sent.name, n_trials, under_way, acknowledged, tuple(violations))
+
+
+def _seconds_of_making(path: Path) -> float:
+    started = time.perf_counter()
+    create(str(path)).close()
+    return time.perf_counter() - started
 
 
 def _ready(path: Path) -> State:
