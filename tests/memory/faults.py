@@ -11,7 +11,20 @@ import pytest
 
 from residual_memory.memory.storage import Disk as SystemDisk
 
-WATCHED = ("names", "make_folder", "create", "write", "sync", "rename", "sync_folder", "remove", "open", "map", "lock")
+WATCHED = (
+    "names",
+    "make_folder",
+    "create",
+    "grow",
+    "write",
+    "sync",
+    "rename",
+    "sync_folder",
+    "remove",
+    "open",
+    "map",
+    "lock",
+)
 
 
 class Disk:

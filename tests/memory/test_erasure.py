@@ -423,7 +423,12 @@ def test_files_that_cannot_be_removed_are_named_and_the_next_call_ends_it(
         assert reader.ids.tolist() == memory.ids.tolist()
         knn_of(memory, index=SPEC)(PROBLEM.queries)
         monkeypatch.setattr(storage.Disk, "remove", remove)
-        memory.compact()
+        certificate = memory.compact(search_files=True)
+        assert certificate is not None, "the proof is not lost with the call that failed"
+        assert certificate.names(planted.canaries)
+        assert certificate.search is not None
+        assert (certificate.search.found, certificate.search.traces > N_CANARIES) == (0, True)
+        assert memory.compact() is None
         assert finds(planted) == NONE
         assert not list(planted.path.glob("index-*"))
         assert memory.verify().ok
@@ -444,5 +449,8 @@ def test_a_disk_that_cannot_say_that_files_are_gone_says_so(planted: Planted, mo
         with pytest.raises(StorageFailure, match="may still be there"):
             memory.compact()
         assert len(memory) == N
+        certificate = memory.compact()
+        assert certificate is not None, "the proof is not lost with the call that failed"
+        assert certificate.names(planted.canaries)
         assert memory.compact() is None
         assert finds(planted) == NONE

@@ -334,6 +334,20 @@ def test_a_writer_holds_room_for_forgetting_from_the_start(home: Path) -> None:
     assert (home / "reserve").stat().st_size >= 64 << 10
 
 
+def test_room_that_cannot_grow_is_not_given_up(directory: Directory) -> None:
+    directory.keep_reserve(100)
+    with watching(Disk()) as disk:
+        directory.keep_reserve(1_000)
+    (directory.path / "reserve").unlink()
+    directory.keep_reserve(100)
+    for place in range(len(disk.calls)):
+        with watching(Disk(place)):
+            directory.keep_reserve(1_000)
+        assert (directory.path / "reserve").stat().st_size == 200, "as much as before, on a disk that is full"
+    directory.keep_reserve(1_000)
+    assert (directory.path / "reserve").stat().st_size == 2_000
+
+
 # ---------------------------------------------------------------------- one writer
 
 WRITER = """

@@ -98,6 +98,7 @@ class Memory:
         self._snapshot = snapshot
         self._writable = writable
         self._changing = threading.RLock()
+        self._unfinished: Snapshot | None = None  # before a compaction whose old files may still be there
 
     # ------------------------------------------------------------------ making and opening
 
@@ -442,7 +443,7 @@ class Memory:
 
         Returns
         -------
-        What was erased; None where nothing was.
+        What was erased, by this call or by one before it that could not remove its old files; None where nothing was.
 
         Raises
         ------
@@ -453,14 +454,18 @@ class Memory:
             self._require_writable()
             before = self._snapshot
             gone = before.forgotten
-            traces = traces_of(before, gone) if search_files and self._directory else None
+            erased = before if len(gone) else self._unfinished
+            looked_for = erased if search_files and self._directory is not None else None
+            traces = None if looked_for is None else traces_of(looked_for, looked_for.forgotten)
             names = self._directory.names() if self._directory else []
             planned = plan(before)
+            self._unfinished = erased
             if len(gone) or len(planned) < len(before.tables):
                 changes = {"generation": before.generation + 1, "forgotten": None}
                 self._commit_rows("compact", compacted(before, planned), lambda: (len(gone), changes))
             self._remove_leftovers()
-            return self._certificate(before, names, traces) if len(gone) else None
+            self._unfinished = None
+            return None if erased is None else self._certificate(erased, names, traces)
 
     def save_setting(self, setting: Mapping[str, Any]) -> None:
         """Keep a tuned setting with the memory, so that whoever opens it predicts with it."""

@@ -79,6 +79,10 @@ class Disk:
         """A file to write to, unbuffered; with `fresh` there must be none of that name."""
         return open(path, "xb" if fresh else "wb", buffering=0)
 
+    def grow(self, path: Path) -> BinaryIO:
+        """A file to write to after its end, unbuffered; it is made where there is none."""
+        return open(path, "ab", buffering=0)
+
     def write(self, file: BinaryIO, piece: memoryview) -> int:
         return file.write(piece)
 
@@ -380,9 +384,12 @@ class Directory:
 
     def keep_reserve(self, size: int) -> None:
         """Hold at least this many bytes of the disk, for the change that must be possible when the disk is full."""
-        if (self.length(RESERVE) or 0) < size:
-            # Random, so that a file system that compresses keeps room for it; twice as many, so that few grow it.
-            self.put(RESERVE, os.urandom(2 * size))
+        held = self.length(RESERVE) or 0
+        if held < size:
+            # Random, so that a file system that compresses keeps room for it; twice as many, so that few changes grow
+            # it. Where the disk refuses, what is held already stays.
+            with suppress(OSError), self._disk.grow(self.path / RESERVE) as file:
+                self._write_all(file, os.urandom(2 * size - held))
 
     def release_reserve(self) -> bool:
         """Give the held bytes back to the disk; whether there were any."""

@@ -60,6 +60,11 @@ class RecordingDisk(Disk):
         self.events.append(("create", self._name(path)))
         return file
 
+    def grow(self, path: Path) -> BinaryIO:
+        if not path.exists():
+            self.events.append(("touch", self._name(path)))
+        return super().grow(path)
+
     def write(self, file: BinaryIO, piece: memoryview) -> int:
         n = super().write(file, piece)
         if Path(file.name).name not in (RESERVE, LOCK):  # of which it does not matter what they hold
@@ -177,7 +182,7 @@ class _Disk:
             self._change(_Change("remove", name))
         elif kind == "rename":
             self._change(_Change("rename", name, file, event[2]))
-        elif file is None:
+        elif file is None:  # created, or grown from nothing
             self._change(_Change("set", name, _File()))
         elif kind == "create":
             file.waiting.append(None)
