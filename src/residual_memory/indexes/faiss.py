@@ -82,6 +82,11 @@ def required_rows(factory: str) -> int:
     return max(39 * _cells(factory), 256 if "PQ" in factory else 1)
 
 
+def training_rows(factory: str, n_rows: int) -> int:
+    """How many of so many rows an index is trained on."""
+    return min(n_rows, TRAINING_ROWS_PER_CELL * max(_cells(factory), 256))
+
+
 def _cells(factory: str) -> int:
     for part in factory.split(","):
         if part.startswith("IVF"):
@@ -129,7 +134,7 @@ def _set_options(index: Any, factory: str, options: Mapping[str, float]) -> None
 
 def _filled(index: Any, keys: KeySource, first: int, n_rows: int, factory: str) -> Any:
     if not index.is_trained:
-        index.train(_sample(keys, first, n_rows, TRAINING_ROWS_PER_CELL * max(_cells(factory), 256)))
+        index.train(_sample(keys, first, n_rows, training_rows(factory, n_rows)))
     left = n_rows
     for block in keys.blocks(ADDED_PER_BLOCK, first):
         if left > 0:
@@ -152,5 +157,5 @@ def _loaded(stored: Pieces, kind: type, width: int, n_rows: int) -> Any:
 
 
 def _sample(keys: KeySource, first: int, n_rows: int, size: int) -> Float[ndarray, "s d"]:
-    rows = first + np.unique(np.linspace(0, n_rows - 1, min(size, n_rows)).astype(np.int64))
+    rows = first + np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
     return np.ascontiguousarray(keys.take(rows), np.float32)

@@ -1,0 +1,264 @@
+"""What an index of faiss's factory will take: its bytes by arithmetic, its seconds by parts of it that are timed."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from residual_memory.errors import InvalidInput
+from residual_memory.indexes.faiss import empty_index, training_rows
+from residual_memory.indexes.footprint import BuildTime, Footprint, example_keys, seconds_per_row, timed
+
+GROWTH = 1.5  # lists that grow hold some room: measured 1.3 to 1.55 of what they are when they are loaded
+BLOCK_ROWS = 32  # fast-scan codes lie in blocks of so many rows; the last of a list is half full on average
+PROBE_CENTROID_BYTES = 32 << 20
+PROBE_GRAPH_CENTROIDS = 4096  # a graph takes long to build
+PROBE_ROWS = 16_384
+PROBE_ROW_BYTES = 64 << 20
+PROBE_SECONDS = 0.4  # of each thing that is timed
+OPQ_ROWS = 10_240  # 40 for each of the 256 centroids of a code
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """An empty index taken apart: rotations, then inverted lists or whatever keeps the codes."""
+
+    whole: Any
+    transforms: tuple[Any, ...]
+    inner: Any
+
+    @property
+    def lists(self) -> Any | None:
+        """The inner index, where it has inverted lists."""
+        import faiss
+
+        return self.inner if isinstance(self.inner, faiss.IndexIVF) else None
+
+
+def footprint(factory: str, dim: int, n_rows: int, key_bytes: int) -> Footprint:
+    """Bytes of an index of so many rows.
+
+    Parameters
+    ----------
+    key_bytes : of a number of a stored key: the training sample is read in them.
+
+    Raises
+    ------
+    InvalidInput : if faiss does not know the factory, or what it makes is of a kind whose bytes are not known.
+    """
+    parts = _taken_apart(dim, factory)
+    fixed = sum(4 * transform.d_in * transform.d_out for transform in parts.transforms)
+    lists = parts.lists
+    if lists is None:
+        rows, tables = n_rows * _row_bytes(parts.inner, factory), 0
+    else:
+        rows, tables = _list_bytes(lists, n_rows), _table_bytes(lists)
+        fixed += int(lists.nlist) * int(_row_bytes(_of_kind(lists.quantizer), factory))
+    fixed += _code_book_bytes(parts.inner)
+    saved = int(rows) + fixed
+    sample = training_rows(factory, n_rows) if not parts.whole.is_trained else 0
+    copies = (key_bytes if key_bytes != 4 else 0) + 4 + (4 if parts.transforms else 0)
+    building = max(sample * dim * copies + fixed + tables, int(GROWTH * rows) + fixed + tables + saved)
+    return Footprint(f"faiss:{factory}", saved + tables, saved, building)
+
+
+def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
+    """Seconds of training and filling, from parts that are timed on made-up keys for about 3 seconds.
+
+    Of inverted lists the assignment of rows to cells is timed at this number of cells, or at fewer and scaled: as the
+    number of cells, or as its logarithm where a graph finds them. k-means is its iterations of that over the training
+    sample. Rotations and codes are learned with fewer iterations from fewer rows, and scaled. Filling grows as the
+    rows; where the rows themselves are a graph, as n log n.
+
+    Raises
+    ------
+    InvalidInput : if faiss does not know the factory.
+    """
+    sample = training_rows(factory, n_rows)
+    keys = example_keys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
+    lists = _taken_apart(dim, factory).lists
+    cells = 0 if lists is None else int(lists.nlist)
+    some = min(cells, max(PROBE_CENTROID_BYTES // (4 * dim), 256))
+    if lists is not None and _is_graph(_of_kind(lists.quantizer)):
+        some = min(cells, PROBE_GRAPH_CENTROIDS)
+    parts = _taken_apart(dim, re.sub(r"IVF\d+", f"IVF{some}", factory, count=1))
+    training, seen = 0.0, keys
+    for transform in parts.transforms:
+        training += _transform_seconds(transform, seen, sample)
+        seen = transform.apply(seen)
+    placed = 0.0
+    if parts.lists is not None:
+        seconds, placed = _cell_seconds(parts.lists, cells, seen, sample)
+        training += seconds
+    training += _code_seconds(parts.inner, seen, sample)
+    parts.whole.is_trained = True
+    adding = _adding(parts.whole, keys)
+    if _is_graph(parts.inner):
+        adding *= math.log(max(n_rows, len(keys), 2)) / math.log(max(len(keys), 2))
+    return BuildTime(training, n_rows * (adding + placed))
+
+
+def _taken_apart(dim: int, factory: str) -> _Parts:
+    import faiss
+
+    whole, _ = empty_index(dim, factory, {})
+    transforms, inner = [], _of_kind(whole)
+    while isinstance(inner, faiss.IndexPreTransform):
+        transforms += [
+            faiss.downcast_VectorTransform(inner.chain.at(place))  # type: ignore[no-untyped-call]
+            for place in range(inner.chain.size())
+        ]
+        inner = _of_kind(inner.index)
+    return _Parts(whole, tuple(transforms), inner)
+
+
+def _of_kind(index: Any) -> Any:
+    import faiss
+
+    return faiss.downcast_index(index)  # type: ignore[no-untyped-call]
+
+
+def _is_graph(index: Any) -> bool:
+    import faiss
+
+    return isinstance(index, faiss.IndexHNSW)
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+def _row_bytes(index: Any, factory: str) -> float:
+    """Bytes a row of an index without inverted lists."""
+    links = 0.0
+    if _is_graph(index):
+        graph: Any = index.hnsw
+        above = graph.nb_neighbors(1)
+        # Neighbours at the ground level, those of the few rows above it, and where each row's begin.
+        links, index = 4 * graph.nb_neighbors(0) + 4 * above / (above - 1) + 12, _of_kind(index.storage)
+    try:
+        return int(index.sa_code_size()) + links
+    except RuntimeError:
+        raise InvalidInput(
+            f"what an index {factory!r} takes is not known; estimate an IVF, PQ, SQ or HNSW index"
+        ) from None
+
+
+def _list_bytes(lists: Any, n_rows: int) -> int:
+    import faiss
+
+    code = int(lists.code_size)
+    if isinstance(lists, faiss.IndexIVFPQR):
+        code += int(lists.refine_pq.code_size)
+    padding = 0
+    if isinstance(lists, faiss.IndexIVFFastScan):
+        padding = min(int(lists.nlist), n_rows) * BLOCK_ROWS // 2 * code
+    return n_rows * (code + 8) + padding + 8 * int(lists.nlist)
+
+
+def _code_book_bytes(index: Any) -> int:
+    product = getattr(index, "pq", None)
+    return 0 if product is None else 4 * int(product.ksub) * int(product.d)
+
+
+def _table_bytes(lists: Any) -> int:
+    """Distances between the centroids of cells and of codes, which faiss keeps in RAM while they need no more than 2 GiB."""
+    import faiss
+
+    product = getattr(lists, "pq", None)
+    if product is None or not lists.by_residual:
+        return 0
+    n_bytes = 4 * int(lists.nlist) * int(product.M) * int(product.ksub)
+    return n_bytes if n_bytes <= int(faiss.cvar.precomputed_table_max_bytes) else 0
+
+
+# ---------------------------------------------------------------------- seconds
+
+
+def _transform_seconds(transform: Any, keys: Float[ndarray, "n d"], sample: int) -> float:
+    """Learning a rotation: of the many iterations that an OPQ matrix takes one is timed."""
+    if transform.is_trained:
+        return 0.0
+    iterations, most, some = 1.0, sample, keys
+    if hasattr(transform, "niter_pq_0"):
+        iterations = transform.niter - 1 + transform.niter_pq_0 / transform.niter_pq
+        transform.niter, transform.niter_pq_0 = 1, transform.niter_pq
+        most, some = min(sample, transform.max_train_points), keys[:OPQ_ROWS]
+    return timed(lambda: transform.train(some)) * iterations * max(most / len(some), 1.0)
+
+
+def _cell_seconds(lists: Any, cells: int, keys: Float[ndarray, "n d"], sample: int) -> tuple[float, float]:
+    """Seconds of learning the cells, and what a row more takes to be assigned than it does in this smaller index."""
+    import faiss
+
+    some, quantizer = int(lists.nlist), _of_kind(lists.quantizer)
+    centroids = example_keys(some, int(lists.d))
+    if not quantizer.is_trained:
+        quantizer.train(centroids)
+    placing = timed(lambda: quantizer.add(centroids))
+    flat = faiss.IndexFlatL2(int(lists.d))
+    flat.add(centroids)
+    comparing = seconds_per_row(lambda block: flat.search(block, 1), keys, PROBE_SECONDS)
+    training = int(lists.cp.niter) * sample * comparing * cells / some
+    if not _is_graph(quantizer):
+        return training + placing * cells / some, comparing * (cells / some - 1)
+    slower = math.log(max(cells, 2)) / math.log(max(some, 2))
+    finding = seconds_per_row(lambda block: quantizer.search(block, 1), keys, PROBE_SECONDS)
+    return training + placing * slower * cells / some, finding * (slower - 1)
+
+
+def _code_seconds(index: Any, keys: Float[ndarray, "n d"], sample: int) -> float:
+    """Learning the codes. The index is trained by it, though badly."""
+    holder = _of_kind(index.storage) if _is_graph(index) else index
+    products = [getattr(holder, name) for name in ("pq", "refine_pq") if hasattr(holder, name)]
+    if not products:
+        return 0.0 if holder.is_trained else timed(lambda: index.train(keys)) * max(sample / len(keys), 1.0)
+    total = sum(_product_seconds(product, keys, sample) for product in products)
+    if getattr(holder, "do_polysemous_training", False):
+        total += sum(map(_reordering_seconds, products[:1]))
+        holder.do_polysemous_training = False
+    for product in products:
+        product.cp.niter, product.cp.max_points_per_centroid, product.cp.min_points_per_centroid = 1, 8, 1
+    index.train(keys)
+    return total
+
+
+def _product_seconds(product: Any, keys: Float[ndarray, "n d"], sample: int) -> float:
+    """k-means of one of the parts of a code, with few iterations, for all."""
+    import faiss
+
+    width, iterations = int(product.dsub), 2
+    most = min(sample, int(product.ksub) * int(product.cp.max_points_per_centroid))
+    some = np.ascontiguousarray(keys[:most, :width])
+    clustering = faiss.Clustering(width, int(product.ksub))
+    clustering.niter, clustering.min_points_per_centroid = iterations, 1
+    clustering.max_points_per_centroid = int(product.cp.max_points_per_centroid)
+    seconds = timed(lambda: clustering.train(some, faiss.IndexFlatL2(width)))
+    return seconds * int(product.M) * product.cp.niter / iterations * most / len(some)
+
+
+def _reordering_seconds(product: Any) -> float:
+    """Renumbering centroids so that near ones have like codes, which faiss does for codes of whole bytes."""
+    import faiss
+
+    one = faiss.ProductQuantizer(int(product.dsub), 1, int(product.nbits))
+    centroids = example_keys(int(product.ksub), int(product.dsub))
+    faiss.copy_array_to_vector(centroids.ravel(), one.centroids)
+    annealing = faiss.PolysemousTraining()
+    full, annealing.n_iter = annealing.n_iter, 5000
+    seconds = timed(lambda: annealing.optimize_pq_for_hamming(one, len(centroids), faiss.swig_ptr(centroids)))
+    return seconds * int(product.M) * full / annealing.n_iter
+
+
+def _adding(index: Any, keys: Float[ndarray, "n d"]) -> float:
+    """Seconds a row of filling an index with the keys, until they are used up or the time is."""
+    size = max(len(keys) // 8, 1)
+    spent, filled = 0.0, 0
+    while filled < len(keys) and spent < 4 * PROBE_SECONDS:
+        block = keys[filled : filled + size]
+        spent += timed(lambda: index.add(block))  # noqa: B023  called at once
+        filled += len(block)
+    return spent / filled
