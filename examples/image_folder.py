@@ -239,7 +239,7 @@ def print_plan(options: argparse.Namespace, network: nn.Module, classes: list[st
     needed = n_missing * row_bytes
     disk = next(place for place in (options.memory.absolute(), *options.memory.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
-    spec, index_bytes = planned("auto", layout.dim, n)
+    spec, index = planned("auto", layout.dim, n)
     engine = spec.build or spec.engine
     table = 4 * n * layout.n_outputs  # the residuals of all rows, kept ready where that is little
     others = 2 * train.names.nbytes + (table if table <= TABLE_BYTES else 0)
@@ -256,7 +256,7 @@ def print_plan(options: argparse.Namespace, network: nn.Module, classes: list[st
         ("keys", f"input of {layer!r}, {layout.dim:,} numbers"),
         ("a row", f"{row_bytes:,} bytes: key and {layout.n_outputs:,} probabilities in float16, label, file name"),
         ("on disk", f"{size_text(needed)} for {n_missing:,} rows to come; {size_text(free)} free at {disk}"),
-        ("in RAM", f"{size_text(index_bytes)} index ({engine}), {size_text(others)} residuals and names,"),
+        ("in RAM", f"{size_text(index.ram)} index ({engine}), {size_text(others)} residuals and names,"),
         ("", f"{size_text(asked)} images that are asked; besides the libraries"),
         ("time", f"about {minutes:,.1f} min for the images, then tuning; an image takes"),
         ("", f"{1e3 * decoding:.2g} ms to decode ({options.workers} workers), {1e3 * running:.2g} ms to run"),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         observe,
     )
     from residual_memory.models.transformers import ResMemForCausalLM, tune_language
+    from residual_memory.planning import Plan, estimate, nearest_fitting
     from residual_memory.privacy import PrivacyReport, audit_privacy
     from residual_memory.residuals import temper, top_m
     from residual_memory.tuning import TuningResult, tune, tune_gate
@@ -72,6 +73,9 @@ _ROOMS = {
     "key_choices": "models.torch",
     "exportable": "models.torch",
     "observe": "models.torch",
+    "Plan": "planning",
+    "estimate": "planning",
+    "nearest_fitting": "planning",
     "PrivacyReport": "privacy",
     "audit_privacy": "privacy",
     "temper": "residuals",
@@ -101,6 +105,7 @@ __all__ = [
     "Memory",
     "Neighbors",
     "Observations",
+    "Plan",
     "PrivacyReport",
     "ResMemClassifier",
     "ResMemForCausalLM",
@@ -119,6 +124,7 @@ __all__ = [
     "choose_keys",
     "correct",
     "errors",
+    "estimate",
     "evaluate",
     "explain",
     "export_memory",
@@ -126,6 +132,7 @@ __all__ = [
     "import_memory",
     "key_choices",
     "merge_memories",
+    "nearest_fitting",
     "observe",
     "salvage",
     "temper",

@@ -16,7 +16,18 @@ import typer
 from typer.core import TyperGroup
 
 from residual_memory._version import __version__
-from residual_memory.cli import asking, auditing, building, demo, doctor, exchanging, forgetting, keeping, measuring
+from residual_memory.cli import (
+    asking,
+    auditing,
+    building,
+    demo,
+    doctor,
+    exchanging,
+    forgetting,
+    keeping,
+    measuring,
+    planning,
+)
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
@@ -94,7 +105,7 @@ _PANELS = {
         keeping.info,
     ),
     "In and out": (exchanging.export, exchanging.import_, exchanging.merge),
-    "Plan": (measuring.estimate, measuring.bench, doctor.doctor),
+    "Plan": (planning.estimate, measuring.bench, doctor.doctor),
 }
 _NAMES = {
     command: command.__name__.removesuffix("_")  # Python's own word: import

@@ -1,4 +1,4 @@
-"""`resmem tune`, `evaluate`, `estimate` and `bench`: what a memory is worth and what it takes."""
+"""`resmem tune`, `evaluate` and `bench`: what a memory is worth, and how fast it is."""
 
 import os
 import platform
@@ -32,19 +32,15 @@ from residual_memory.cli.options import (
     chosen,
     leave_out,
 )
-from residual_memory.cli.output import facts, note, report, size_text, table
+from residual_memory.cli.output import note, report, table
 from residual_memory.cli.text import TextReading, text_at
-from residual_memory.correction import TABLE_BYTES, ResidualKNN
+from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import METRICS, Evaluation, Setting
-from residual_memory.indexes.registry import check_index, planned
+from residual_memory.indexes.registry import check_index
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
-from residual_memory.memory.codes import LOG_SCALES
-from residual_memory.memory.format import Layout, check_layout
-from residual_memory.memory.memory import RESERVE_BYTES
 from residual_memory.metrics import Estimate
 from residual_memory.progress import progress_bar
-from residual_memory.types import Task
 from residual_memory.validation import as_count, as_positive
 
 BATCHES_TIMED = 10  # at least, so that the slowest of them means something
@@ -267,83 +263,6 @@ def _setting_line(setting: Setting) -> str:
         f"temperature {setting.temperature:g}, shrinkage {setting.shrinkage:g}{more}, kernel {setting.kernel}"
         f"{', gated' if setting.gate else ''}"
     )
-
-
-# ---------------------------------------------------------------------- estimate
-
-
-def estimate(
-    rows: Annotated[int, typer.Option("--rows", metavar="N", help="Examples to remember.", show_default=False)],
-    dim: Annotated[int, typer.Option("--dim", metavar="D", help="Numbers in a key.", show_default=False)],
-    n_outputs: Annotated[int, typer.Option("--outputs", metavar="C", help="Classes, or targets.", show_default=False)],
-    key_dtype: Annotated[
-        str, typer.Option("--key-dtype", metavar="TYPE", help="float16, float32 or float64.")
-    ] = "float32",
-    prediction_dtype: Annotated[
-        str, typer.Option("--prediction-dtype", metavar="TYPE", help="Likewise; with --top-m also log8 or log16.")
-    ] = "float32",
-    top_m: Annotated[
-        int | None,
-        typer.Option("--top-m", metavar="M", help="Keep the M largest probabilities of each row, not all."),
-    ] = None,
-    task: Annotated[
-        str, typer.Option("--task", metavar="TASK", help="classification or regression.")
-    ] = "classification",
-    index: Index = "auto",
-    as_json: Json = False,
-) -> None:
-    """What a memory would take on disk, and its index in RAM, before it is built."""
-    chosen("--key-dtype", key_dtype, options.DTYPES)
-    chosen("--prediction-dtype", prediction_dtype, (*options.DTYPES, *LOG_SCALES))
-    n, d, c = as_count("--rows", rows), as_count("--dim", dim), as_count("--outputs", n_outputs)
-    m = None if top_m is None else as_count("--top-m", top_m)
-    layout = _planned(d, c, options.task_named(task) or "classification", m, key_dtype, prediction_dtype)
-    spec, index_bytes = planned(index, d, n)
-    engine = f"{spec.engine}:{spec.build}" if spec.build else spec.engine
-    itemsize = 8 if prediction_dtype == "float64" else 4
-    residual_bytes = n * c * itemsize if n * c * itemsize <= TABLE_BYTES else 0
-    row_bytes = layout.bytes_per_row(m)
-    reserve = 2 * (RESERVE_BYTES + n // 8)  # as Memory keeps for forgetting on a full disk
-    disk = n * row_bytes + reserve
-    ram = index_bytes + residual_bytes + 9 * n  # ids, and a mark on each row that is not forgotten
-    report(
-        {
-            "rows": n,
-            "layout": vars(layout),
-            "top_m": m,
-            "disk_bytes": disk,
-            "bytes_per_row": row_bytes,
-            "reserve_bytes": reserve,
-            "index": engine,
-            "index_bytes": index_bytes,
-            "residual_table_bytes": residual_bytes,
-            "ram_bytes": ram,
-        },
-        facts(
-            [
-                ("on disk", f"{size_text(disk)}, {row_bytes:,} bytes a row and {size_text(reserve)} held"),
-                ("in RAM", size_text(ram)),
-                ("  index", f"{size_text(index_bytes)}, {engine}"),
-                (
-                    "  residuals",
-                    size_text(residual_bytes) if residual_bytes else "read from disk: too many to keep ready",
-                ),
-                ("  ids", size_text(9 * n)),
-            ]
-        ),
-        as_json=as_json,
-    )
-
-
-def _planned(d: int, c: int, task: Task, m: int | None, key_dtype: str, prediction_dtype: str) -> Layout:
-    """The layout of a memory that is not there yet."""
-    if m is None and prediction_dtype in LOG_SCALES:
-        raise InvalidInput(f"--prediction-dtype {prediction_dtype} is for top-m predictions alone; add --top-m M")
-    if m is not None and m > c:
-        raise InvalidInput(f"--top-m is {m}, expected 1 to {c}, the number of classes")
-    layout = Layout(d, c, task, "euclidean", "dense" if m is None else "top-m", key_dtype, prediction_dtype)
-    check_layout(layout)
-    return layout
 
 
 # ---------------------------------------------------------------------- bench

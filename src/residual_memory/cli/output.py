@@ -79,14 +79,19 @@ def facts(rows: Sequence[tuple[str, object]]) -> Table:
     return made
 
 
-def report(result: Mapping[str, Any], *parts: str | Table, as_json: bool) -> None:
+def report(result: Mapping[str, Any], *parts: str | Text | Table, as_json: bool) -> None:
     """Print a command's result: the parts for people, or the mapping as JSON."""
     if as_json:
         sys.stdout.write(json.dumps(plain(result), indent=2, allow_nan=False) + "\n")
         return
     console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
     for part in parts:
-        console.print(Text(shown(part)) if isinstance(part, str) else part)
+        console.print(Text(shown(part)) if isinstance(part, str) else part, soft_wrap=isinstance(part, Text))
+
+
+def unbroken(text: str) -> Text:
+    """A line that is not wrapped at the width of the terminal: a command, to be copied in one piece."""
+    return Text(shown(text))
 
 
 def note(text: str) -> None:

@@ -16,6 +16,7 @@ from numpy import ndarray
 
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.indexes.distances import KeySource, pair_distances, precision_of
+from residual_memory.indexes.footprint import BuildTime, Footprint
 from residual_memory.types import Neighbors
 
 WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a time
@@ -135,13 +136,17 @@ class Engine(ABC):
         """Rows below which such an index makes no sense; fewer are searched exactly."""
 
     @abstractmethod
-    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
-        """What such an index of so many rows will hold in RAM.
+    def footprint(self, spec: IndexSpec, width: int, n_rows: int) -> Footprint:
+        """What such an index of so many rows will take, in RAM and on disk.
 
         Raises
         ------
         InvalidInput : if that is not known of this build string.
         """
+
+    @abstractmethod
+    def build_time(self, spec: IndexSpec, width: int, n_rows: int) -> BuildTime:
+        """Seconds that building it will take on this machine, from a probe of a few; `extrapolated` is one."""
 
     @abstractmethod
     def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:

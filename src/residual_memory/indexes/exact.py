@@ -11,10 +11,12 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput
 from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, require
 from residual_memory.indexes.distances import KeySource, squared_error
+from residual_memory.indexes.footprint import BuildTime, ExampleKeys, Footprint, extrapolated
 
 BACKENDS = ("faiss", "torch", "numpy")  # the first that is installed, where none is named
 KEYS_PER_BLOCK = 1 << 16
 QUERIES_PER_BLOCK = 1 << 8
+PROBE_BYTES = 64 << 20  # of keys that are indexed to tell how long more will take
 
 
 class ExactEngine(Engine):
@@ -31,8 +33,16 @@ class ExactEngine(Engine):
     def required_rows(self, spec: IndexSpec) -> int:
         return 0
 
-    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
-        return 0 if (spec.build or _best_backend()) == "numpy" else 4 * n_rows * width
+    def footprint(self, spec: IndexSpec, width: int, n_rows: int) -> Footprint:
+        backend = spec.build or _best_backend()
+        ram = 0 if backend == "numpy" else 4 * n_rows * width
+        return Footprint(ram, 0, 2 * ram if backend == "faiss" else ram)  # faiss's array is copied as it grows
+
+    def build_time(self, spec: IndexSpec, width: int, n_rows: int) -> BuildTime:
+        def build(keys: ExampleKeys, n: int) -> Index:
+            return self.build(spec, keys, 0, n)
+
+        return extrapolated(build, width, n_rows, max(2, min(n_rows, PROBE_BYTES // (4 * width))))
 
     def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
         backend = spec.build or _best_backend()

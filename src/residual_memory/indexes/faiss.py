@@ -10,6 +10,7 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, InvalidInput
 from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, numbers_of, require
 from residual_memory.indexes.distances import KeySource
+from residual_memory.indexes.footprint import BuildTime, Footprint
 
 TRAINING_ROWS_PER_CELL = 64
 ADDED_PER_BLOCK = 1 << 16
@@ -30,8 +31,15 @@ class FaissEngine(Engine):
     def required_rows(self, spec: IndexSpec) -> int:
         return max(39 * _cells(spec.build), 256 if "PQ" in spec.build else 1)
 
-    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
-        return _planned_bytes(spec.build, width, n_rows)
+    def footprint(self, spec: IndexSpec, width: int, n_rows: int) -> Footprint:
+        from residual_memory.indexes.faiss_planning import footprint
+
+        return footprint(spec.build, width, n_rows)
+
+    def build_time(self, spec: IndexSpec, width: int, n_rows: int) -> BuildTime:
+        from residual_memory.indexes.faiss_planning import build_time
+
+        return build_time(spec.build, width, n_rows)
 
     def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
         return Faiss(keys, first, n_rows, factory=spec.build, options=numbers_of(spec.options))
@@ -105,28 +113,6 @@ class Faiss(Index):
     @property
     def description(self) -> str:
         return f"faiss {self._factory}"
-
-
-def _planned_bytes(factory: str, width: int, n_rows: int) -> int:
-    """Codes, ids and centroids of an index of so many rows."""
-    import faiss
-
-    index, _ = empty_index(width, factory, {})
-    inner: Any = faiss.downcast_index(index)
-    while isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
-    if isinstance(inner, faiss.IndexIVF):
-        return n_rows * (int(inner.code_size) + 8) + 4 * int(inner.nlist) * int(inner.d)
-    links = 0
-    if isinstance(inner, faiss.IndexHNSW):
-        graph: Any = inner.hnsw
-        links, inner = 4 * graph.nb_neighbors(0), faiss.downcast_index(inner.storage)
-    try:
-        return n_rows * (int(inner.sa_code_size()) + links)
-    except RuntimeError:
-        raise InvalidInput(
-            f"what an index {factory!r} takes is not known; estimate an IVF, PQ, SQ or HNSW index"
-        ) from None
 
 
 def training_rows(factory: str, n_rows: int) -> int:

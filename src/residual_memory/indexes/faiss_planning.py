@@ -14,6 +14,7 @@ from residual_memory.indexes.faiss import empty_index, training_rows
 from residual_memory.indexes.footprint import BuildTime, Footprint, example_keys, seconds_per_row, timed
 
 GROWTH = 1.5  # lists that grow hold some room: measured 1.3 to 1.55 of what they are when they are loaded
+SAMPLE_BYTES = 6  # of a number of the training sample: as it was stored in half precision, and in single
 BLOCK_ROWS = 32  # fast-scan codes lie in blocks of so many rows; the last of a list is half full on average
 PROBE_CENTROID_BYTES = 32 << 20
 PROBE_GRAPH_CENTROIDS = 4096  # a graph takes long to build
@@ -39,12 +40,8 @@ class _Parts:
         return self.inner if isinstance(self.inner, faiss.IndexIVF) else None
 
 
-def footprint(factory: str, dim: int, n_rows: int, key_bytes: int) -> Footprint:
+def footprint(factory: str, dim: int, n_rows: int) -> Footprint:
     """Bytes of an index of so many rows.
-
-    Parameters
-    ----------
-    key_bytes : of a number of a stored key: the training sample is read in them.
 
     Raises
     ------
@@ -61,9 +58,8 @@ def footprint(factory: str, dim: int, n_rows: int, key_bytes: int) -> Footprint:
     fixed += _code_book_bytes(parts.inner)
     saved = int(rows) + fixed
     sample = training_rows(factory, n_rows) if not parts.whole.is_trained else 0
-    copies = (key_bytes if key_bytes != 4 else 0) + 4 + (4 if parts.transforms else 0)
-    building = max(sample * dim * copies + fixed + tables, int(GROWTH * rows) + fixed + tables + saved)
-    return Footprint(f"faiss:{factory}", saved + tables, saved, building)
+    training = sample * dim * (SAMPLE_BYTES + (4 if parts.transforms else 0)) + fixed + tables
+    return Footprint(saved + tables, saved, max(training, int(GROWTH * rows) + fixed + tables + saved))
 
 
 def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
@@ -80,7 +76,8 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     """
     sample = training_rows(factory, n_rows)
     keys = example_keys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
-    lists = _taken_apart(dim, factory).lists
+    wide = _taken_apart(dim, factory)  # kept: faiss's parts live as long as their whole
+    lists = wide.lists
     cells = 0 if lists is None else int(lists.nlist)
     some = min(cells, max(PROBE_CENTROID_BYTES // (4 * dim), 256))
     if lists is not None and _is_graph(_of_kind(lists.quantizer)):
@@ -106,12 +103,11 @@ def _taken_apart(dim: int, factory: str) -> _Parts:
     import faiss
 
     whole, _ = empty_index(dim, factory, {})
-    transforms, inner = [], _of_kind(whole)
+    transforms: list[Any] = []
+    inner = _of_kind(whole)
     while isinstance(inner, faiss.IndexPreTransform):
-        transforms += [
-            faiss.downcast_VectorTransform(inner.chain.at(place))  # type: ignore[no-untyped-call]
-            for place in range(inner.chain.size())
-        ]
+        chain: Any = inner.chain
+        transforms += [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
         inner = _of_kind(inner.index)
     return _Parts(whole, tuple(transforms), inner)
 
@@ -119,7 +115,7 @@ def _taken_apart(dim: int, factory: str) -> _Parts:
 def _of_kind(index: Any) -> Any:
     import faiss
 
-    return faiss.downcast_index(index)  # type: ignore[no-untyped-call]
+    return faiss.downcast_index(index)
 
 
 def _is_graph(index: Any) -> bool:
@@ -151,7 +147,7 @@ def _list_bytes(lists: Any, n_rows: int) -> int:
     import faiss
 
     code = int(lists.code_size)
-    if isinstance(lists, faiss.IndexIVFPQR):
+    if hasattr(lists, "refine_pq"):
         code += int(lists.refine_pq.code_size)
     padding = 0
     if isinstance(lists, faiss.IndexIVFFastScan):
@@ -165,14 +161,15 @@ def _code_book_bytes(index: Any) -> int:
 
 
 def _table_bytes(lists: Any) -> int:
-    """Distances between the centroids of cells and of codes, which faiss keeps in RAM while they need no more than 2 GiB."""
+    """Distances between the centroids of cells and of codes, which faiss keeps in RAM up to 2 GiB of them."""
     import faiss
 
     product = getattr(lists, "pq", None)
     if product is None or not lists.by_residual:
         return 0
     n_bytes = 4 * int(lists.nlist) * int(product.M) * int(product.ksub)
-    return n_bytes if n_bytes <= int(faiss.cvar.precomputed_table_max_bytes) else 0
+    most: int = faiss.cvar.precomputed_table_max_bytes  # type: ignore[attr-defined]
+    return n_bytes if n_bytes <= most else 0
 
 
 # ---------------------------------------------------------------------- seconds
@@ -247,7 +244,7 @@ def _reordering_seconds(product: Any) -> float:
     one = faiss.ProductQuantizer(int(product.dsub), 1, int(product.nbits))
     centroids = example_keys(int(product.ksub), int(product.dsub))
     faiss.copy_array_to_vector(centroids.ravel(), one.centroids)
-    annealing = faiss.PolysemousTraining()
+    annealing = faiss.PolysemousTraining()  # type: ignore[attr-defined]
     full, annealing.n_iter = annealing.n_iter, 5000
     seconds = timed(lambda: annealing.optimize_pq_for_hamming(one, len(centroids), faiss.swig_ptr(centroids)))
     return seconds * int(product.M) * full / annealing.n_iter

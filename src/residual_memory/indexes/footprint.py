@@ -1,11 +1,11 @@
 """What an index will take before it is built: bytes by arithmetic, seconds by small builds that are scaled up."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 
 
@@ -15,13 +15,11 @@ class Footprint:
 
     Attributes
     ----------
-    engine : what the spec comes to for so many rows.
     ram : to search, as it is after it was loaded.
     saved : in files, where it is kept with its memory; 0 where there is nothing to save.
     building : RAM at the peak of building and saving it.
     """
 
-    engine: str
     ram: int
     saved: int
     building: int
@@ -41,6 +39,50 @@ class BuildTime:
     filling: float
 
 
+class ExampleKeys:
+    """Made-up keys in RAM to time with: variances that fall as 1/i, as those of network layers do."""
+
+    def __init__(self, n_rows: int, dim: int) -> None:
+        self.whole = example_keys(n_rows, dim)
+        self.dtype, self.width, self.n_parts = self.whole.dtype, dim, 1
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def take(self, rows: Int64[ndarray, "..."]) -> Float[ndarray, "... d"]:
+        return np.take(self.whole, rows, axis=0)
+
+    def gathered(self, rows: Int64[ndarray, " m"]) -> tuple[Float[ndarray, "m d"], Int64[ndarray, " m"]]:
+        return self.take(rows), np.arange(len(rows))
+
+    def blocks(self, size: int, first: int = 0) -> Iterator[Float[ndarray, "b d"]]:
+        return (self.whole[start : start + size] for start in range(first, len(self.whole), size))
+
+
+def example_keys(n_rows: int, dim: int) -> Float[ndarray, "n d"]:
+    """The keys of `ExampleKeys`."""
+    scales = np.arange(1, dim + 1, dtype=np.float32) ** -0.5
+    return np.random.default_rng(0).standard_normal((n_rows, dim), np.float32) * scales
+
+
+def extrapolated(
+    build: Callable[[ExampleKeys, int], object], dim: int, n_rows: int, some: int, power: float = 1.0
+) -> BuildTime:
+    """Seconds of building an index, from those of two small ones: a part that stays and a part that grows.
+
+    Parameters
+    ----------
+    build : of an index over so many of the keys, the first ones.
+    some : rows of the larger of the two; the other has half as many.
+    power : of the rows, with which the second part grows.
+    """
+    keys = ExampleKeys(some, dim)
+    build(keys, some // 2)  # threads are started, pages touched
+    half, whole = timed(lambda: build(keys, some // 2)), timed(lambda: build(keys, some))
+    grown = max(whole - half, 0.0) / (1 - 0.5**power)  # what grows, of `some` rows
+    return BuildTime(max(whole - grown, 0.0), grown * (n_rows / some) ** power)
+
+
 def timed(call: Callable[[], object]) -> float:
     """Seconds that a call takes."""
     started = time.perf_counter()
@@ -48,7 +90,9 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def seconds_per_row(call: Callable[[Float[ndarray, "b d"]], object], rows: Float[ndarray, "n d"], limit: float) -> float:
+def seconds_per_row(
+    call: Callable[[Float[ndarray, "b d"]], object], rows: Float[ndarray, "n d"], limit: float
+) -> float:
     """Seconds a row of a call on blocks of rows: of blocks that double until the rows or the time are used up."""
     size, spent, n_timed = min(64, len(rows)), 0.0, 0
     call(rows[:size])  # threads are started, pages touched
@@ -58,10 +102,3 @@ def seconds_per_row(call: Callable[[Float[ndarray, "b d"]], object], rows: Float
         spent, n_timed = timed(lambda: call(block)), len(block)  # noqa: B023  called at once
         start, size = start + size, 2 * size
     return spent / n_timed
-
-
-def example_keys(n_rows: int, dim: int) -> Float[ndarray, "n d"]:
-    """Keys to time with: variances that fall as 1/i, as those of network layers do."""
-    random = np.random.default_rng(0)
-    scales = np.arange(1, dim + 1, dtype=np.float32) ** -0.5
-    return random.standard_normal((n_rows, dim), np.float32) * scales

@@ -11,6 +11,7 @@ from dataclasses import replace
 from residual_memory.errors import InvalidInput
 from residual_memory.indexes.base import Engine, Index, IndexSpec, Pieces
 from residual_memory.indexes.distances import KeySource
+from residual_memory.indexes.footprint import Footprint
 
 AUTO = "auto"
 EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
@@ -67,8 +68,8 @@ def check_index(text: str, width: int) -> None:
         engine_named(spec.engine).check(spec, width)
 
 
-def planned(text: str, width: int, n_rows: int) -> tuple[IndexSpec, int]:
-    """What an index of so many rows will be, and the bytes that it will hold in RAM.
+def planned(text: str, width: int, n_rows: int) -> tuple[IndexSpec, Footprint]:
+    """What an index of so many rows will be, and what it will take.
 
     Raises
     ------
@@ -79,7 +80,7 @@ def planned(text: str, width: int, n_rows: int) -> tuple[IndexSpec, int]:
     engine.check(spec, width)
     if n_rows < engine.required_rows(spec):
         spec, engine = EXACT, engine_named("exact")
-    return spec, engine.ram_bytes(spec, width, n_rows)
+    return spec, engine.footprint(spec, width, n_rows)
 
 
 def resolved(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:

@@ -14,6 +14,7 @@ from numpy import ndarray
 from residual_memory.errors import CorruptFile, InvalidInput
 from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, numbers_of, require
 from residual_memory.indexes.distances import KeySource
+from residual_memory.indexes.footprint import BuildTime, ExampleKeys, Footprint, extrapolated
 
 ROWS_PER_LEAF, LEAST_ROWS = 16, 256
 # Codes of half a byte for every two numbers rank coarsely: 2, 4 and 10 times k recalled 0.55, 0.81 and 1.00 of 100,000
@@ -21,6 +22,7 @@ ROWS_PER_LEAF, LEAST_ROWS = 16, 256
 K_FACTOR = 10.0
 LEAST_LEAVES_TO_SEARCH = 32
 QUERIES_PER_BATCH = 256
+PROBE_ROWS = 16_384  # that are indexed to tell how long more will take
 LARGEST_SQUARE = 1e36  # the squared length of a vector that ScaNN is given: the process ends where its sums overflow
 
 BUILD_OPTIONS = {
@@ -46,10 +48,20 @@ class ScannEngine(Engine):
     def required_rows(self, spec: IndexSpec) -> int:
         return max(LEAST_ROWS, ROWS_PER_LEAF * int(_options(spec.build).get("num_leaves", 1)))
 
-    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
+    def footprint(self, spec: IndexSpec, width: int, n_rows: int) -> Footprint:
         settings = build_settings(spec.build, n_rows)
         codes = -(-width // int(settings["dimensions_per_block"]))
-        return n_rows * (codes + 4) + 4 * int(settings["num_leaves"]) * width
+        ram = n_rows * (codes + 4) + 4 * int(settings["num_leaves"]) * width
+        return Footprint(ram, ram, 4 * n_rows * width + ram)  # all keys are in RAM while it is built
+
+    def build_time(self, spec: IndexSpec, width: int, n_rows: int) -> BuildTime:
+        some = max(min(n_rows, PROBE_ROWS), 2 * self.required_rows(spec))
+        power = 1.0 if "num_leaves" in _options(spec.build) else 1.5  # of as many leaves as the root of the rows
+
+        def build(keys: ExampleKeys, n: int) -> Index:
+            return self.build(spec, keys, 0, n)
+
+        return extrapolated(build, width, n_rows, some, power)
 
     def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
         return Scann(keys, first, n_rows, build=spec.build, options=numbers_of(spec.options))
