@@ -53,17 +53,18 @@ class Seconds:
     ----------
     extracting : running the model, as given.
     writing : the rows, durably.
-    training, filling : the index.
+    training, filling, measuring : the index.
     """
 
     extracting: float
     writing: float
     training: float
     filling: float
+    measuring: float
 
     @property
     def total(self) -> float:
-        return self.extracting + self.writing + self.training + self.filling
+        return self.extracting + self.writing + self.training + self.filling + self.measuring
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,7 @@ def _probed(plan: Plan, path: Path, seconds_per_row: float) -> Seconds:
     written = _writing_seconds(plan, existing(path))
     spec = parse_spec(plan.engine)
     built = engine_named(spec.engine).build_time(spec, plan.layout.dim, plan.n_rows)
-    return Seconds(seconds_per_row * plan.n_rows, written, built.training, built.filling)
+    return Seconds(seconds_per_row * plan.n_rows, written, built.training, built.filling, built.measuring)
 
 
 def _writing_seconds(plan: Plan, folder: Path) -> float:

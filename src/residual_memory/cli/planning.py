@@ -153,6 +153,7 @@ def _times(plan: Plan) -> list[tuple[str, str]]:
         *extracting,
         ("  rows", f"{time_text(seconds.writing)} to write"),
         ("  index", f"{time_text(seconds.training)} to train, {time_text(seconds.filling)} to fill"),
+        *([("", f"{time_text(seconds.measuring)} to measure its recall")] if seconds.measuring else []),
     ]
 
 

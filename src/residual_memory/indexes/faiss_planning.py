@@ -10,7 +10,15 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.faiss import empty_index, training_rows
+from residual_memory.indexes.calibration import NEIGHBORS, QUERIES
+from residual_memory.indexes.faiss import (
+    GRAPH_EFFORT,
+    ROUNDS,
+    TOP_ROUNDS,
+    TWO_LEVELS_FROM,
+    empty_index,
+    training_size,
+)
 from residual_memory.indexes.footprint import BuildTime, Footprint, example_keys, seconds_per_row, timed
 
 GROWTH = 1.5  # lists that grow hold some room: measured 1.3 to 1.55 of what they are when they are loaded
@@ -21,6 +29,7 @@ PROBE_GRAPH_CENTROIDS = 4096  # a graph takes long to build
 PROBE_ROWS = 16_384
 PROBE_ROW_BYTES = 64 << 20
 PROBE_SECONDS = 0.4  # of each thing that is timed
+POINTS_PER_CENTROID = 256  # that faiss's k-means looks at, at most
 OPQ_ROWS = 10_240  # 40 for each of the 256 centroids of a code
 
 
@@ -57,7 +66,7 @@ def footprint(factory: str, dim: int, n_rows: int) -> Footprint:
         fixed += int(lists.nlist) * int(_row_bytes(_of_kind(lists.quantizer), factory))
     fixed += _code_book_bytes(parts.inner)
     saved = int(rows) + fixed
-    sample = training_rows(factory, n_rows) if not parts.whole.is_trained else 0
+    sample = training_size(dim, n_rows, factory) if not parts.whole.is_trained else 0
     training = sample * dim * (SAMPLE_BYTES + (4 if parts.transforms else 0)) + fixed + tables
     return Footprint(saved + tables, saved, max(training, int(GROWTH * rows) + fixed + tables + saved))
 
@@ -66,15 +75,16 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     """Seconds of training and filling, from parts that are timed on made-up keys for about 3 seconds.
 
     Of inverted lists the assignment of rows to cells is timed at this number of cells, or at fewer and scaled: as the
-    number of cells, or as its logarithm where a graph finds them. k-means is its iterations of that over the training
-    sample. Rotations and codes are learned with fewer iterations from fewer rows, and scaled. Filling grows as the
-    rows; where the rows themselves are a graph, as n log n.
+    number of cells, or as its logarithm where a graph finds them. k-means is so many comparisons of the training
+    sample with centroids. Rotations and codes are learned with fewer iterations from fewer rows, and scaled. Filling
+    grows as the rows; where the rows themselves are a graph, as n log n. Measuring the recall compares its queries with
+    all rows.
 
     Raises
     ------
     InvalidInput : if faiss does not know the factory.
     """
-    sample = training_rows(factory, n_rows)
+    sample = training_size(dim, n_rows, factory)
     keys = example_keys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
     wide = _taken_apart(dim, factory)  # kept: faiss's parts live as long as their whole
     lists = wide.lists
@@ -96,13 +106,13 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     adding = _adding(parts.whole, keys)
     if _is_graph(parts.inner):
         adding *= math.log(max(n_rows, len(keys), 2)) / math.log(max(len(keys), 2))
-    return BuildTime(training, n_rows * (adding + placed))
+    return BuildTime(training, n_rows * (adding + placed), _measuring_seconds(keys, n_rows))
 
 
 def _taken_apart(dim: int, factory: str) -> _Parts:
     import faiss
 
-    whole, _ = empty_index(dim, factory, {})
+    whole = empty_index(dim, factory)
     transforms: list[Any] = []
     inner = _of_kind(whole)
     while isinstance(inner, faiss.IndexPreTransform):
@@ -193,18 +203,37 @@ def _cell_seconds(lists: Any, cells: int, keys: Float[ndarray, "n d"], sample: i
 
     some, quantizer = int(lists.nlist), _of_kind(lists.quantizer)
     centroids = example_keys(some, int(lists.d))
+    if graph := _is_graph(quantizer):
+        quantizer.hnsw.efSearch = GRAPH_EFFORT
     if not quantizer.is_trained:
         quantizer.train(centroids)
     placing = timed(lambda: quantizer.add(centroids))
     flat = faiss.IndexFlatL2(int(lists.d))
     flat.add(centroids)
     comparing = seconds_per_row(lambda block: flat.search(block, 1), keys, PROBE_SECONDS)
-    training = int(lists.cp.niter) * sample * comparing * cells / some
-    if not _is_graph(quantizer):
+    training = comparing / some * _comparisons(cells, sample, int(lists.cp.niter))
+    if not graph:
         return training + placing * cells / some, comparing * (cells / some - 1)
     slower = math.log(max(cells, 2)) / math.log(max(some, 2))
     finding = seconds_per_row(lambda block: quantizer.search(block, 1), keys, PROBE_SECONDS)
     return training + placing * slower * cells / some, finding * (slower - 1)
+
+
+def _comparisons(cells: int, sample: int, rounds: int) -> float:
+    """How often the k-means of the cells compares a row with a centroid: at one level, or at two."""
+    if cells < TWO_LEVELS_FROM or sample < cells:
+        return float(rounds * sample * cells)
+    few = cells**0.5
+    return few * (TOP_ROUNDS * min(sample, POINTS_PER_CENTROID * few) + (1 + ROUNDS) * sample)
+
+
+def _measuring_seconds(keys: Float[ndarray, "n d"], n_rows: int) -> float:
+    """Finding the true neighbours of the queries by which the recall is measured, among all rows."""
+    import faiss
+
+    queries = example_keys(QUERIES, keys.shape[1])
+    near = min(NEIGHBORS, len(keys))
+    return n_rows * seconds_per_row(lambda block: faiss.knn(queries, block, min(near, len(block))), keys, PROBE_SECONDS)
 
 
 def _code_seconds(index: Any, keys: Float[ndarray, "n d"], sample: int) -> float:
@@ -233,7 +262,7 @@ def _product_seconds(product: Any, keys: Float[ndarray, "n d"], sample: int) -> 
     clustering = faiss.Clustering(width, int(product.ksub))
     clustering.niter, clustering.min_points_per_centroid = iterations, 1
     clustering.max_points_per_centroid = int(product.cp.max_points_per_centroid)
-    seconds = timed(lambda: clustering.train(some, faiss.IndexFlatL2(width)))
+    seconds = timed(lambda: clustering.train(some, faiss.IndexFlatL2(width)), times=3)
     return seconds * int(product.M) * product.cp.niter / iterations * most / len(some)
 
 
