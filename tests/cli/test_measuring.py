@@ -1,16 +1,12 @@
-"""Tuning, evaluation, estimates and speed: honest figures, and sizes as they are on disk."""
+"""Tuning, evaluation and speed: honest figures."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import residual_memory as rm
-from residual_memory.cli.output import size_text
-from residual_memory.types import Task
 from tests.cli.workshop import as_npz, columns, done, noise, regression, resmem
-from tests.problems import classification
 
 
 def test_the_figures_are_the_librarys(memory: Path) -> None:
@@ -82,93 +78,6 @@ def test_documents_widen_the_interval(here: Path) -> None:
     alone = done("tune", "mem", "--data", "b.npz", "--json").json
     assert grouped["base"] == alone["base"]
     assert grouped["base_high"] != alone["base_high"]
-
-
-# ---------------------------------------------------------------------- estimate
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_an_estimate_is_near_the_files(tmp_path: Path, dtype: str, task: Task) -> None:
-    n, d, c = 3000, 24, 6
-    problem = classification(n, 1, d, c)
-    labels = problem.labels if task == "classification" else problem.predictions
-    memory = rm.Memory.create(
-        tmp_path / "mem",
-        dim=d,
-        n_outputs=c,
-        task=task,
-        key_dtype=dtype,
-        prediction_dtype=dtype,
-    )
-    memory.append(problem.keys, labels, problem.predictions)
-    types = ("--key-dtype", dtype, "--prediction-dtype", dtype, "--task", task)
-    found = done("estimate", "--rows", n, "--dim", d, "--outputs", c, *types, "--json").json
-    assert found["disk_bytes"] == pytest.approx(
-        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir()), rel=0.1
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float16", "log8", "log16"])
-@pytest.mark.parametrize("c", [500, 70_000])
-def test_an_estimate_of_top_m_rows_is_near_the_files(tmp_path: Path, dtype: str, c: int) -> None:
-    n, d, m = 3000, 16, 4
-    problem = classification(n, 1, d, 6)
-    options: dict[str, Any] = {"key_dtype": "float16", "prediction_dtype": dtype, "residuals": "top-m"}
-    memory = rm.Memory.create(tmp_path / "mem", dim=d, n_outputs=c, **options)
-    memory.append(problem.keys, problem.labels, rm.top_m(problem.predictions, m))
-    words = ("--rows", n, "--dim", d, "--outputs", c, "--key-dtype", "float16", "--prediction-dtype", dtype)
-    found = done("estimate", *words, "--top-m", m, "--json").json
-    assert found["disk_bytes"] == pytest.approx(
-        sum(file.stat().st_size for file in (tmp_path / "mem").iterdir()), rel=0.05
-    )
-    assert (found["top_m"], found["layout"]["residuals"]) == (m, "top-m")
-
-
-def test_a_token_of_a_large_vocabulary_takes_a_few_bytes_beside_its_key() -> None:
-    words = ("--rows", 10**8, "--dim", 64, "--outputs", 32_000, "--key-dtype", "float16")
-    for m, name, n_bytes in ((4, "log8", 13), (8, "log8", 25), (16, "log8", 49), (8, "log16", 34)):
-        found = done("estimate", *words, "--top-m", m, "--prediction-dtype", name, "--json").json
-        assert found["bytes_per_row"] == 8 + 2 * 64 + 2 + n_bytes
-
-
-@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,Flat", "SQ8", "HNSW16"])
-def test_an_estimated_index_is_near_the_real_one(factory: str) -> None:
-    import faiss
-
-    n, d = 20_000, 16
-    keys = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
-    index = faiss.index_factory(d, factory)
-    index.train(keys)
-    index.add(keys)
-    real = len(faiss.serialize_index(index))
-    words = ("--rows", n, "--dim", d, "--outputs", 3, "--index", f"faiss:{factory}", "--json")
-    assert done("estimate", *words).json["index_bytes"] == pytest.approx(real, rel=0.1)
-
-
-def test_an_estimate_knows_scann_and_refuses_its_mistyped_options() -> None:
-    words = ("estimate", "--rows", 10_000, "--dim", 64, "--outputs", 10, "--index")
-    assert done(*words, "scann:num_leaves=100", "--json").json["index_bytes"] == 10_000 * 36 + 4 * 100 * 64
-    assert resmem(*words, "scann?num_leaves=100").code == 2
-    assert resmem(*words, "scann:leaves=100").code == 2
-
-
-def test_an_estimate_knows_what_auto_comes_to() -> None:
-    small = done("estimate", "--rows", 10_000, "--dim", 64, "--outputs", 10, "--json").json
-    assert (small["index"], small["index_bytes"], small["residual_table_bytes"]) == ("exact", 2_560_000, 400_000)
-    large = done("estimate", "--rows", 50_000_000, "--dim", 64, "--outputs", 1000, "--json").json
-    assert large["index"].startswith("faiss:IVF")
-    assert large["residual_table_bytes"] == 0
-    assert "213.4 GB" in done("estimate", "--rows", 50_000_000, "--dim", 64, "--outputs", 1000).out
-    few = done("estimate", "--rows", 100, "--dim", 8, "--outputs", 2, "--index", "faiss:IVF64,Flat", "--json").json
-    assert few["index"].startswith("exact")
-
-
-@pytest.mark.parametrize(
-    ("n_bytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (1.25e9, "1.2 GB"), (3e15, "3000.0 TB")]
-)
-def test_sizes_are_in_decimal_units(n_bytes: float, text: str) -> None:
-    assert size_text(n_bytes) == text
 
 
 # ---------------------------------------------------------------------- bench

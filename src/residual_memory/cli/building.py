@@ -40,6 +40,7 @@ from residual_memory.memory import Memory
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.memory.format import MANIFEST, Layout
 from residual_memory.models.base import Side, fill, warn_if_in_sample
+from residual_memory.planning import require_room
 from residual_memory.progress import progress_bar
 from residual_memory.types import Metric, Observations, Task, TopM
 from residual_memory.validation import as_count, as_fraction, as_keys
@@ -353,7 +354,8 @@ def _from_arrays(path: Path, rows: Rows, kept: _Kept, given: Given, held_out: Ro
     n_outputs = n_outputs or first.whole.shape[1]
     residuals = "top-m" if rows.top_m else "dense"
     layout = Layout(first.keys.shape[1], n_outputs, task, kept.metric, residuals, kept.key_dtype, kept.prediction_dtype)
-    memory = _opened(path, layout, kept, rows)
+    top_m = first.predictions.indices.shape[1] if isinstance(first.predictions, TopM) else None
+    memory = _opened(path, layout, kept, rows, top_m)
     losses: list[float] = []
     try:
         with progress_bar("building", rows.n_rows, done=min(len(memory), rows.n_rows)) as advance:
@@ -367,9 +369,10 @@ def _from_arrays(path: Path, rows: Rows, kept: _Kept, given: Given, held_out: Ro
     return memory
 
 
-def _opened(path: Path, layout: Layout, kept: _Kept, rows: Rows) -> Memory:
-    """A new memory, or the one that an earlier run of the command began."""
+def _opened(path: Path, layout: Layout, kept: _Kept, rows: Rows, top_m: int | None) -> Memory:
+    """A new memory, for which the disk has room, or the one that an earlier run of the command began."""
     if not (path / MANIFEST).exists():
+        require_room(path, rows.n_rows * layout.bytes_per_row(top_m))
         return Memory.create(
             path,
             dim=layout.dim,

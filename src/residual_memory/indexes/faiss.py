@@ -164,7 +164,7 @@ class Faiss(Index):
     def _calibration(self) -> Calibration:
         """What is known of the index, measured if nothing is."""
         if self.known is None:
-            efforts = sorted({*_efforts(self.factory), self._effort})
+            efforts = sorted({*efforts_of(self.factory), self._effort})
             factors = sorted({*FACTORS, self._k_factor})
             taught = _training_rows(self._keys.width, self.first, self.n_rows, self.factory)
             self.known = calibrated(
@@ -208,7 +208,7 @@ def usual_search(factory: str) -> tuple[float, float]:
     return float(effort), QUANTISED_FACTOR if "PQ" in factory or "SQ" in factory else UNQUANTISED_FACTOR
 
 
-def _efforts(factory: str) -> list[float]:
+def efforts_of(factory: str) -> list[float]:
     """What may be tried: doubled from 1 cell to all, from 16 vertices to 1,024."""
     if cells := _cells(factory):
         return [*(2.0**power for power in range((cells - 1).bit_length())), float(cells)]

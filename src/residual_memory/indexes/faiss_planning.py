@@ -10,24 +10,28 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.calibration import NEIGHBORS, QUERIES
+from residual_memory.indexes.calibration import FACTORS, LISTED, NEIGHBORS, QUERIES
+from residual_memory.indexes.distances import pair_distances
 from residual_memory.indexes.faiss import (
     GRAPH_EFFORT,
     ROUNDS,
     TOP_ROUNDS,
     TWO_LEVELS_FROM,
+    efforts_of,
     empty_index,
     training_size,
 )
-from residual_memory.indexes.footprint import BuildTime, Footprint, example_keys, seconds_per_row, timed
+from residual_memory.indexes.footprint import BuildTime, ExampleKeys, Footprint, example_keys, seconds_per_row, timed
 
 GROWTH = 1.5  # lists that grow hold some room: measured 1.3 to 1.55 of what they are when they are loaded
 SAMPLE_BYTES = 6  # of a number of the training sample: as it was stored in half precision, and in single
+MEASURING_BYTES = 64 << 20  # shortlists of the queries by which the recall is measured, and what is computed of them
 BLOCK_ROWS = 32  # fast-scan codes lie in blocks of so many rows; the last of a list is half full on average
 PROBE_CENTROID_BYTES = 32 << 20
 PROBE_GRAPH_CENTROIDS = 4096  # a graph takes long to build
 PROBE_ROWS = 16_384
 PROBE_ROW_BYTES = 64 << 20
+QUERIES_TIMED = 50
 PROBE_SECONDS = 0.4  # of each thing that is timed
 POINTS_PER_CENTROID = 256  # that faiss's k-means looks at, at most
 OPQ_ROWS = 10_240  # 40 for each of the 256 centroids of a code
@@ -68,7 +72,8 @@ def footprint(factory: str, dim: int, n_rows: int) -> Footprint:
     saved = int(rows) + fixed
     sample = training_size(dim, n_rows, factory) if not parts.whole.is_trained else 0
     training = sample * dim * (SAMPLE_BYTES + (4 if parts.transforms else 0)) + fixed + tables
-    return Footprint(saved + tables, saved, max(training, int(GROWTH * rows) + fixed + tables + saved))
+    saving = int(GROWTH * rows) + fixed + tables + 2 * saved  # faiss gives a copy of what it wrote
+    return Footprint(saved + tables, saved, max(training, saving) + MEASURING_BYTES)
 
 
 def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
@@ -85,7 +90,8 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     InvalidInput : if faiss does not know the factory.
     """
     sample = training_size(dim, n_rows, factory)
-    keys = example_keys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
+    examples = ExampleKeys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
+    keys = examples.whole
     wide = _taken_apart(dim, factory)  # kept: faiss's parts live as long as their whole
     lists = wide.lists
     cells = 0 if lists is None else int(lists.nlist)
@@ -106,7 +112,7 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     adding = _adding(parts.whole, keys)
     if _is_graph(parts.inner):
         adding *= math.log(max(n_rows, len(keys), 2)) / math.log(max(len(keys), 2))
-    return BuildTime(training, n_rows * (adding + placed), _measuring_seconds(keys, n_rows))
+    return BuildTime(training, n_rows * (adding + placed), _measuring_seconds(parts, factory, examples, n_rows))
 
 
 def _taken_apart(dim: int, factory: str) -> _Parts:
@@ -227,13 +233,25 @@ def _comparisons(cells: int, sample: int, rounds: int) -> float:
     return few * (TOP_ROUNDS * min(sample, POINTS_PER_CENTROID * few) + (1 + ROUNDS) * sample)
 
 
-def _measuring_seconds(keys: Float[ndarray, "n d"], n_rows: int) -> float:
-    """Finding the true neighbours of the queries by which the recall is measured, among all rows."""
+def _measuring_seconds(parts: _Parts, factory: str, keys: ExampleKeys, n_rows: int) -> float:
+    """Measuring the recall: the true neighbours by all distances, and for each effort two searches and one scoring.
+
+    The efforts double, so inverted lists are gone through about as often as twice the last one goes through them; that
+    one is taken to find enough in half of them. A graph goes through as much at each effort: the list is longer.
+    """
     import faiss
 
-    queries = example_keys(QUERIES, keys.shape[1])
-    near = min(NEIGHBORS, len(keys))
-    return n_rows * seconds_per_row(lambda block: faiss.knn(queries, block, min(near, len(block))), keys, PROBE_SECONDS)
+    asked, length = keys.whole[:QUERIES_TIMED], min(int(LISTED * FACTORS[-1]), len(keys))
+    if parts.lists is not None:
+        parts.lists.nprobe = int(parts.lists.nlist)
+    searching = timed(lambda: parts.whole.search(asked, length)) / len(asked)
+    listed = np.random.default_rng(0).integers(0, len(keys), (len(asked), length))
+    efforts = len(efforts_of(factory))
+    scoring = efforts * timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
+    through = 2 * efforts if _is_graph(parts.inner) else 2 * n_rows / len(keys)
+    everyone, near = example_keys(QUERIES, keys.width), min(NEIGHBORS, len(keys))
+    reach = seconds_per_row(lambda some: faiss.knn(everyone, some, min(near, len(some))), keys.whole, PROBE_SECONDS)
+    return QUERIES * (scoring + through * searching) + n_rows * reach
 
 
 def _code_seconds(index: Any, keys: Float[ndarray, "n d"], sample: int) -> float:
