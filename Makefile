@@ -27,7 +27,7 @@ demo: $(READY) data
 
 # One thread a worker: libraries that wait for each other's threads in a loop make small problems many times slower.
 test: $(READY) data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check .

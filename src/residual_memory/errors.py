@@ -5,7 +5,8 @@ ResidualMemoryError
 │   ├── DimensionMismatch            keys or predictions of another width than the memory's
 │   ├── DuplicateId                  an id given twice, or already held
 │   ├── UnknownId                    an id that the memory does not hold
-│   └── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
+│   ├── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
+│   └── PathNotShared                a worker on another machine does not see a file or directory
 ├── MissingExtra (ImportError)       an optional package is not installed; the message says which
 ├── MemoryNotFound (FileNotFoundError)
 ├── DataNotFound (FileNotFoundError)
@@ -13,6 +14,7 @@ ResidualMemoryError
 ├── UnsupportedFormat                written by a newer version of the library
 ├── MemoryLocked                     another process is writing
 ├── ReadOnlyMemory                   a change was asked of a read-only handle
+├── WorkerLost                       processes of a cluster died over the same work again and again
 └── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
 
 ResidualMemoryWarning (UserWarning)
@@ -45,6 +47,10 @@ class UnknownId(InvalidInput):
 
 class FingerprintMismatch(InvalidInput):
     """The memory was built with another model, layer or preprocessing."""
+
+
+class PathNotShared(InvalidInput):
+    """A worker on another machine does not see a file or directory."""
 
 
 class MissingExtra(ResidualMemoryError, ImportError):
@@ -82,6 +88,10 @@ class MemoryLocked(ResidualMemoryError):
 
 class ReadOnlyMemory(ResidualMemoryError):
     """A change was asked of a read-only or closed handle."""
+
+
+class WorkerLost(ResidualMemoryError):
+    """Processes of a cluster died over the same work again and again."""
 
 
 class StorageFailure(ResidualMemoryError, OSError):
