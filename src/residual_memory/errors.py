@@ -15,12 +15,14 @@ ResidualMemoryError
 ├── MemoryLocked                     another process is writing
 ├── ReadOnlyMemory                   a change was asked of a read-only handle
 ├── WorkerLost                       processes of a cluster died over the same work again and again
+├── ShardDown                        a part of a distributed index does not answer now
 └── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
 
 ResidualMemoryWarning (UserWarning)
 ├── FewerNeighbors                   more neighbours were asked for than there are rows
 ├── HeldRows                         rows that are said to be held out are in the memory
 ├── InSampleResiduals                the base knows its training data too well for residuals to mean much
+├── PartialAnswer                    parts of a distributed index did not answer, and their rows are missing
 └── UncalibratedScores               probabilities were made of scores that are none
 """
 
@@ -94,6 +96,10 @@ class WorkerLost(ResidualMemoryError):
     """Processes of a cluster died over the same work again and again."""
 
 
+class ShardDown(ResidualMemoryError):
+    """A part of a distributed index does not answer now; the message says which, why, and what to do."""
+
+
 class StorageFailure(ResidualMemoryError, OSError):
     """The disk refused; the memory is as it was before the call."""
 
@@ -112,6 +118,10 @@ class HeldRows(ResidualMemoryWarning):
 
 class InSampleResiduals(ResidualMemoryWarning):
     """The base fits its training data far better than other data, so in-sample residuals say little."""
+
+
+class PartialAnswer(ResidualMemoryWarning):
+    """Parts of a distributed index did not answer; the answer is of the rows of the others."""
 
 
 class UncalibratedScores(ResidualMemoryWarning):

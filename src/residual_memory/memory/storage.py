@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import os
+import platform
 import secrets
 import stat
 import threading
@@ -22,7 +23,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from numpy import ndarray
 
-from residual_memory.errors import CorruptFile, MemoryLocked, StorageFailure
+from residual_memory.errors import CorruptFile, MemoryLocked, PathNotShared, StorageFailure
 
 LOCK = "lock"
 RESERVE = "reserve"
@@ -65,6 +66,50 @@ class Damage:
     what: str
     first: int
     last: int
+
+
+@dataclass(frozen=True)
+class MappedPlace:
+    """Where an array lies that is mapped from a file.
+
+    Attributes
+    ----------
+    path : of the file.
+    dtype, shape : of the array.
+    offset : bytes of the file before it.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def open(self) -> ndarray:
+        """The array, in this process.
+
+        Raises
+        ------
+        PathNotShared : if the file is not here.
+        StorageFailure : if it cannot be read.
+        """
+        directory = Directory(self.path.parent)
+        if directory.length(self.path.name) is None:
+            raise PathNotShared(
+                f"{self.path} is not to be seen on {platform.node()}; the memory must be on a file system that all "
+                "machines share, and if it was compacted meanwhile, refreshed"
+            )
+        return directory.map(self.path.name, self.dtype, self.shape, self.offset)
+
+
+def place_of(array: ndarray) -> MappedPlace | None:
+    """Where an array lies; None of one that is in RAM, or not in one piece."""
+    mapped: Any = array
+    while mapped is not None and not isinstance(mapped, np.memmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is None or mapped.filename is None or not array.flags.c_contiguous:
+        return None
+    offset = mapped.offset + array.ctypes.data - mapped.ctypes.data
+    return MappedPlace(Path(mapped.filename), array.dtype, array.shape, offset)
 
 
 class Disk:
