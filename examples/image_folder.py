@@ -40,7 +40,7 @@ from residual_memory.cli.loading import load_model, user_code
 from residual_memory.cli.output import shown, size_text
 from residual_memory.correction import TABLE_BYTES
 from residual_memory.errors import CorruptFile, InvalidInput, MemoryNotFound, ResidualMemoryError, StorageFailure
-from residual_memory.indexes.registry import EXACT_UP_TO, auto_factory
+from residual_memory.indexes.registry import planned
 from residual_memory.validation import as_count, as_fraction
 
 TUNED_ON = (5, 20_000)  # images: five folds measure the setting; more take hours at 1,000 classes and choose the same
@@ -239,7 +239,8 @@ def print_plan(options: argparse.Namespace, network: nn.Module, classes: list[st
     needed = n_missing * row_bytes
     disk = next(place for place in (options.memory.absolute(), *options.memory.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
-    engine, index_bytes = index_of(n, layout.dim)
+    spec, index_bytes = planned("auto", layout.dim, n)
+    engine = spec.build or spec.engine
     table = 4 * n * layout.n_outputs  # the residuals of all rows, kept ready where that is little
     others = 2 * train.names.nbytes + (table if table <= TABLE_BYTES else 0)
     asked = 4 * n_asked * (layout.dim + layout.n_outputs)
@@ -268,15 +269,6 @@ def print_plan(options: argparse.Namespace, network: nn.Module, classes: list[st
             f"the memory needs {size_text(needed)} and {size_text(SPARE_BYTES)} to spare, but {disk} has "
             f"{size_text(free)} free; make room, or name another disk with --memory"
         )
-
-
-def index_of(n: int, dim: int) -> tuple[str, int]:
-    """What `index="auto"` comes to for so many rows, and its bytes in RAM."""
-    if n <= EXACT_UP_TO or not importlib.util.find_spec("faiss"):
-        return "exact", 4 * n * dim
-    factory = auto_factory(dim, n)  # such as IVF4096,PQ256x4fs: half a byte a code, 8 an id, and the cells' centres
-    cells, codes = (int(part) for part in factory.removeprefix("IVF").removesuffix("x4fs").split(",PQ"))
-    return factory, n * (codes // 2 + 8) + 4 * cells * dim
 
 
 def carry_out(options: argparse.Namespace, network: nn.Module, classes: list[str], *sets: Pictures) -> rm.Evaluation:

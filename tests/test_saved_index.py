@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from numpy import ndarray
@@ -15,7 +16,6 @@ from numpy import ndarray
 from residual_memory import correction
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, ReadOnlyMemory, StorageFailure
-from residual_memory.indexes import faiss as faiss_engine
 from residual_memory.indexes import registry
 from residual_memory.indexes.base import Index
 from residual_memory.memory import Memory
@@ -36,9 +36,9 @@ class Spy:
     def __init__(self) -> None:
         self.built: list[tuple[int, int]] = []
 
-    def __call__(self, spec: Any, keys: Any, first: int, n_rows: int) -> Index:
+    def __call__(self, spec: Any, keys: Any, first: int, n_rows: int, like: Index | None = None) -> Index:
         self.built.append((first, n_rows))
-        return registry.build_index(spec, keys, first, n_rows)
+        return registry.build_index(spec, keys, first, n_rows, like)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_an_index_of_another_memory_is_passed_over(home: Path, tmp_path: Path, s
 
 
 def test_another_version_of_the_engine_builds_its_own(home: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faiss_engine, "version", lambda: "0.1")
+    monkeypatch.setattr(faiss, "__version__", "0.1")
     answer(home)
     assert spy.built == [(0, 800)]
 

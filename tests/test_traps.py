@@ -10,7 +10,7 @@ import pytest
 from residual_memory.correction import correct
 from residual_memory.errors import InvalidInput
 from residual_memory.indexes.base import nearest
-from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.metrics import log_loss
 from residual_memory.residuals import top_m
 from tests import reference
@@ -59,7 +59,7 @@ def test_missing_neighbors_of_faiss_weigh_nothing_and_are_not_the_last_row() -> 
 
 def test_what_faiss_misses_in_a_later_part_is_not_the_last_row_of_the_part_before() -> None:
     problem = islands()
-    part = build_index(IndexSpec.parse("faiss:IVF16,Flat?nprobe=1"), column(problem.keys), 90, 630)
+    part = build_index(parse_spec("faiss:IVF16,Flat?nprobe=1"), column(problem.keys), 90, 630)
     listed = part.candidates(problem.queries, 60).rows
     assert (listed == -1).any()
     assert listed[listed != -1].min() >= 90
@@ -181,7 +181,7 @@ def test_ties_of_string_ids_go_by_the_string(problem: Problem) -> None:
 def test_quantised_distances_are_never_given_out() -> None:
     problem = classification(n=800, d=8)
     keys = column(problem.keys)
-    part = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs?nprobe=16"), keys, 0, 800)
+    part = build_index(parse_spec("faiss:IVF16,PQ8x4fs?nprobe=16"), keys, 0, 800)
     found = nearest([part], keys, problem.queries, 10)
     differences = problem.keys[found.rows] - problem.queries[:, None, :]
     np.testing.assert_allclose(found.distances, np.sqrt((differences**2).sum(axis=2)), rtol=1e-12)

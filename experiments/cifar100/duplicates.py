@@ -19,7 +19,7 @@ from numpy import ndarray
 from residual_memory.demo.cifar100 import Cifar100
 from residual_memory.figures import gallery
 from residual_memory.indexes.base import nearest
-from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.memory import Column
 
 PROPOSED = 10
@@ -46,7 +46,7 @@ def near_duplicates(train: Cifar100, test: Cifar100, threshold: float = THRESHOL
     """The best training partner of each test image, where it is good enough."""
     thumbnails = thumbnails_of(train.images)
     source = Column([thumbnails], thumbnails[:0])
-    index = build_index(IndexSpec.parse("exact"), source, 0, len(train))
+    index = build_index(parse_spec("exact"), source, 0, len(train))
     best, partners = np.full(len(test), -1.0), np.full(len(test), -1)
     for mirrored in (False, True):
         images = test.images[..., ::-1] if mirrored else test.images

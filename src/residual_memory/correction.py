@@ -12,9 +12,9 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.errors import CorruptFile, DimensionMismatch, FewerNeighbors, InvalidInput
-from residual_memory.indexes.base import Index, Reject, nearest
+from residual_memory.indexes.base import Index, IndexSpec, Reject, nearest
 from residual_memory.indexes.distances import distances_among
-from residual_memory.indexes.registry import IndexSpec, build_index, load_index, saved_name
+from residual_memory.indexes.registry import build_index, check_index, load_index, parse_spec, resolved, saved_spec
 from residual_memory.kernels import KRIGING, as_nugget, check_kernel, kernel_named, kriging_weights
 from residual_memory.memory import Column, Memory, Snapshot
 from residual_memory.sparse import Recalled, whole
@@ -103,6 +103,7 @@ class _State:
     """An index that fits a snapshot, and the residuals of its rows where they are small enough to keep."""
 
     snapshot: Snapshot
+    spec: IndexSpec
     parts: tuple[Index, ...]
     table: Float[ndarray, "n c"] | None
 
@@ -163,7 +164,8 @@ class ResidualKNN:
         self.temperature = as_positive("temperature", temperature)
         _check_temperature(memory, self.temperature)
         self.max_weight = as_fraction("max_weight", max_weight, above_zero=True)
-        self._spec = IndexSpec.parse(index)
+        check_index(index, memory.layout.dim)
+        self._spec = parse_spec(index)
         self._building = threading.Lock()
         self._state: _State | None = None
         if isinstance(bandwidth, str):
@@ -344,9 +346,9 @@ class ResidualKNN:
         StorageFailure : if the disk refuses; an index saved earlier is still there.
         """
         state = self._current()
-        width = state.snapshot.layout.dim
-        named = [(saved_name(self._spec, width, part.n_rows), part) for part in state.parts]
-        built = [(name, part.first, part.n_rows, part.saved) for name, part in named if name is not None]
+        built = [
+            (part.saved_as, part.first, part.n_rows, part.saved) for part in state.parts if part.saved_as is not None
+        ]
         if not built and self.memory.path is not None:
             raise InvalidInput(
                 f"there is nothing to save of {self.description}: exact search is made from the keys; "
@@ -377,33 +379,30 @@ class ResidualKNN:
             return self._state
 
     def _built(self, snapshot: Snapshot, before: _State | None) -> _State:
+        spec = resolved(self._spec, snapshot.layout.dim, snapshot.n_rows)
         same_rows = before is not None and before.snapshot.generation == snapshot.generation
-        parts = list(before.parts) if before is not None and same_rows else []
+        parts = list(before.parts) if before is not None and same_rows and before.spec.engine == spec.engine else []
         table = before.table if before is not None and same_rows else None
         parts += self._loaded(snapshot, sum(part.n_rows for part in parts))
         covered = sum(part.n_rows for part in parts)
-        if not snapshot.n_rows:
-            build_index(self._spec, snapshot.keys, 0, 0)  # a mistyped spec is refused before there are rows
         if covered < snapshot.n_rows:
             # New rows become a part of their own, joined with the last ones while these are no longer: few parts.
             while parts and parts[-1].n_rows <= snapshot.n_rows - covered:
                 covered -= parts.pop().n_rows
-            parts.append(build_index(self._spec, snapshot.keys, covered, snapshot.n_rows - covered))
+            like = parts[0] if parts else None
+            parts.append(build_index(spec, snapshot.keys, covered, snapshot.n_rows - covered, like))
         if snapshot.n_rows and (before is None or before.snapshot.n_rows < snapshot.n_rows or not same_rows):
             table = _residual_table(snapshot, self.temperature, table)
-        return _State(snapshot, tuple(parts), table)
+        return _State(snapshot, spec, tuple(parts), table)
 
     def _loaded(self, snapshot: Snapshot, covered: int) -> Iterator[Index]:
         """Saved parts of this index that follow one another from the first row that is not covered."""
-        width = snapshot.layout.dim
         for part in self.memory.saved_parts(snapshot):
-            if part.first != covered or part.name != saved_name(self._spec, width, part.n_rows):
-                continue
-            pieces = self.memory.read_part(part)
-            if pieces is None:
+            spec = saved_spec(self._spec, part.name, snapshot.layout.dim, snapshot.n_rows)
+            if part.first != covered or spec is None or (pieces := self.memory.read_part(part)) is None:
                 continue
             try:
-                index = load_index(self._spec, snapshot.keys, part.first, part.n_rows, pieces)
+                index = load_index(spec, snapshot.keys, part.first, part.n_rows, pieces)
             except CorruptFile:
                 continue
             covered = part.end

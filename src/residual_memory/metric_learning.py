@@ -14,7 +14,7 @@ from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
 from residual_memory.indexes.base import nearest
-from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.memory import Column
 from residual_memory.residuals import tempered
 from residual_memory.types import Neighbors, Task
@@ -139,7 +139,7 @@ def _neighbors(
     keys: Float[ndarray, "n d"], queries: Int64[ndarray, " q"], k: int, groups: Shaped[ndarray, " n"] | None
 ) -> Neighbors:
     column = Column([np.ascontiguousarray(keys, np.float32)], np.zeros((0, keys.shape[1]), np.float32))
-    index = build_index(IndexSpec.parse("exact"), column, 0, len(keys))
+    index = build_index(parse_spec("exact"), column, 0, len(keys))
     owners = np.arange(len(keys)) if groups is None else groups
     return nearest(
         [index], column, column.take(queries), k, reject=lambda some, rows: owners[rows] == owners[queries[some], None]

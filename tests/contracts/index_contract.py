@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from residual_memory.indexes.base import Index, nearest
 from residual_memory.indexes.distances import pair_distances
-from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.memory import Column
 from residual_memory.metrics import recall
 from residual_memory.types import Neighbors
@@ -52,7 +52,7 @@ class IndexContract:
     least_recall: float = 1.0
 
     def build(self, keys: Column, first: int = 0, n_rows: int | None = None) -> Index:
-        return build_index(IndexSpec.parse(self.spec), keys, first, len(keys) - first if n_rows is None else n_rows)
+        return build_index(parse_spec(self.spec), keys, first, len(keys) - first if n_rows is None else n_rows)
 
     def search(self, problem: Problem, k: int = K) -> Neighbors:
         keys = column(problem.keys)

@@ -7,12 +7,9 @@ from numpy import ndarray
 
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.indexes import distances as distances_module
-from residual_memory.indexes import registry
-from residual_memory.indexes.base import Index, nearest
+from residual_memory.indexes.base import IndexSpec, nearest
 from residual_memory.indexes.distances import pair_distances, squared_error
-from residual_memory.indexes.exact import ExactNumpy
-from residual_memory.indexes.registry import IndexSpec, build_index
-from residual_memory.memory import Column
+from residual_memory.indexes.registry import build_index, parse_spec, resolved
 from tests import reference
 from tests.contracts.index_contract import IndexContract, clustered, column
 from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of, same_bits
@@ -60,8 +57,8 @@ class TestScannOfCoarserCodes(IndexContract):
 
 def test_a_trailing_rflat_is_dropped_since_every_shortlist_is_rescored() -> None:
     keys = column(clustered().keys)
-    built = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs,RFlat?nprobe=16"), keys, 0, 800)
-    plain = build_index(IndexSpec.parse("faiss:IVF16,PQ8x4fs?nprobe=16"), keys, 0, 800)
+    built = build_index(parse_spec("faiss:IVF16,PQ8x4fs,RFlat?nprobe=16"), keys, 0, 800)
+    plain = build_index(parse_spec("faiss:IVF16,PQ8x4fs?nprobe=16"), keys, 0, 800)
     queries = clustered().queries
     np.testing.assert_array_equal(nearest([built], keys, queries, 10).rows, nearest([plain], keys, queries, 10).rows)
 
@@ -72,7 +69,7 @@ def test_a_longer_shortlist_recalls_more() -> None:
     true, _ = reference.neighbors(problem.keys, problem.queries, 10)
 
     def recalled(k_factor: int) -> float:
-        spec = IndexSpec.parse(f"faiss:IVF16,PQ4x4fs?nprobe=16&k_factor={k_factor}")
+        spec = parse_spec(f"faiss:IVF16,PQ4x4fs?nprobe=16&k_factor={k_factor}")
         found = nearest([build_index(spec, keys, 0, 2000)], keys, problem.queries, 10)
         return float((found.distances <= true[:, -1:] + 1e-9).mean())
 
@@ -86,7 +83,7 @@ def test_probing_more_cells_recalls_more() -> None:
     true, _ = reference.neighbors(problem.keys, problem.queries, 10)
 
     def recalled(nprobe: int) -> float:
-        spec = IndexSpec.parse(f"faiss:IVF16,Flat?nprobe={nprobe}")
+        spec = parse_spec(f"faiss:IVF16,Flat?nprobe={nprobe}")
         found = nearest([build_index(spec, keys, 0, 2000)], keys, problem.queries, 10)
         return float((found.distances <= true[:, -1:] + 1e-9).mean())
 
@@ -96,37 +93,29 @@ def test_probing_more_cells_recalls_more() -> None:
 def test_too_few_rows_to_train_are_searched_exactly() -> None:
     problem = classification(n=100)
     keys = column(problem.keys)
-    part = build_index(IndexSpec.parse("faiss:IVF16,Flat?nprobe=1"), keys, 0, 100)
+    part = build_index(parse_spec("faiss:IVF16,Flat?nprobe=1"), keys, 0, 100)
     assert part.description.startswith("exact")
     _, rows = reference.neighbors(problem.keys, problem.queries, 7)
     np.testing.assert_array_equal(nearest([part], keys, problem.queries, 7).rows, rows)
 
 
-def test_auto_is_exact_up_to_a_million_rows_and_quantised_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_exact_up_to_a_million_rows_and_quantised_beyond() -> None:
     keys = column(classification(n=200).keys)
-    assert build_index(IndexSpec.parse("auto"), keys, 0, 200).description.startswith("exact")
-    built: list[IndexSpec] = []
-
-    def remember(spec: IndexSpec, keys: Column, first: int, n_rows: int) -> Index:
-        built.append(spec)
-        return ExactNumpy(keys, first, len(keys))
-
-    monkeypatch.setitem(registry.ENGINES, "faiss", remember)
-    wide = column(np.zeros((2, 512), np.float32))
-    build_index(IndexSpec.parse("auto?nprobe=3"), wide, 0, 1_000_001)
-    assert built == [IndexSpec("faiss", "IVF2048,PQ256x4fs", {"nprobe": "3"})]
+    assert build_index(parse_spec("auto"), keys, 0, 200).description.startswith("exact")
+    assert resolved(parse_spec("auto"), 512, 1_000_000) == IndexSpec("exact")
+    assert resolved(parse_spec("auto"), 512, 1_000_001) == IndexSpec("faiss", "IVF2048,PQ256x4fs")
 
 
 def test_a_spec_is_an_engine_a_build_and_options() -> None:
-    assert IndexSpec.parse("faiss:IVF16,Flat?nprobe=4&k_factor=2") == IndexSpec(
+    assert parse_spec("faiss:IVF16,Flat?nprobe=4&k_factor=2") == IndexSpec(
         "faiss", "IVF16,Flat", {"nprobe": "4", "k_factor": "2"}
     )
-    assert IndexSpec.parse("exact") == IndexSpec("exact")
+    assert parse_spec("exact") == IndexSpec("exact")
 
 
 def test_an_unknown_engine_is_refused_with_the_close_match() -> None:
     with pytest.raises(InvalidInput, match=r"'exakt'.*did you mean 'exact'"):
-        IndexSpec.parse("exakt")
+        parse_spec("exakt")
 
 
 BAD_SPECS = [
@@ -158,7 +147,7 @@ BAD_SPECS = [
 def test_a_spec_that_cannot_be_built_is_refused_however_many_rows_there_are(spec: str, n: int) -> None:
     keys = column(classification(n=n, d=8).keys)
     with pytest.raises(InvalidInput):
-        build_index(IndexSpec.parse(spec), keys, 0, n)
+        build_index(parse_spec(spec), keys, 0, n)
 
 
 BAD_SCANN_SPECS = [
@@ -181,7 +170,7 @@ BAD_SCANN_SPECS = [
 def test_a_scann_spec_that_cannot_be_built_is_refused_however_many_rows_there_are(spec: str, n: int) -> None:
     keys = column(classification(n=n, d=8).keys)
     with pytest.raises(InvalidInput):
-        build_index(IndexSpec.parse(spec), keys, 0, n)
+        build_index(parse_spec(spec), keys, 0, n)
 
 
 @needs_scann
@@ -189,7 +178,7 @@ def test_a_scann_spec_that_cannot_be_built_is_refused_however_many_rows_there_ar
 def test_too_few_rows_for_scann_are_searched_exactly(spec: str, n: int) -> None:
     problem = classification(n=n)
     keys = column(problem.keys)
-    part = build_index(IndexSpec.parse(spec), keys, 0, n)
+    part = build_index(parse_spec(spec), keys, 0, n)
     assert part.description.startswith("exact")
     _, rows = reference.neighbors(problem.keys, problem.queries, 7)
     np.testing.assert_array_equal(nearest([part], keys, problem.queries, 7).rows, rows)
@@ -199,11 +188,11 @@ def test_too_few_rows_for_scann_are_searched_exactly(spec: str, n: int) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
 def test_keys_and_queries_that_would_end_scann_are_stopped_before_it(bad: float) -> None:
     problem = clustered()
-    part = build_index(IndexSpec.parse("scann"), column(problem.keys), 0, 800)
+    part = build_index(parse_spec("scann"), column(problem.keys), 0, 800)
     keys, queries = problem.keys.copy(), problem.queries.copy()
     keys[700, 3] = queries[5, 3] = bad
     with pytest.raises(InvalidInput, match=r"keys are not finite, or too long for ScaNN.*use 'exact'"):
-        build_index(IndexSpec.parse("scann"), column(keys), 0, 800)
+        build_index(parse_spec("scann"), column(keys), 0, 800)
     with pytest.raises(InvalidInput, match="queries are not finite"):
         part.candidates(queries, 5)
     with pytest.raises(InvalidInput, match="dimension 7"):
@@ -214,7 +203,7 @@ def test_keys_and_queries_that_would_end_scann_are_stopped_before_it(bad: float)
 def test_a_query_whose_leaf_of_scann_holds_too_few_rows_finds_fewer() -> None:
     problem = clustered()
     keys = column(problem.keys)
-    part = build_index(IndexSpec.parse("scann?num_leaves_to_search=1"), keys, 0, 800)
+    part = build_index(parse_spec("scann?num_leaves_to_search=1"), keys, 0, 800)
     found = nearest([part], keys, problem.queries, 790)
     assert (found.rows[:, 0] >= 0).mean() > 0.5, "a leaf may be empty, most are not"
     assert (found.rows[:, -1] == -1).all()
@@ -225,9 +214,15 @@ def test_a_query_whose_leaf_of_scann_holds_too_few_rows_finds_fewer() -> None:
 def test_many_queries_of_scann_find_what_few_do() -> None:
     problem = clustered(q=600)
     keys = column(problem.keys)
-    part = build_index(IndexSpec.parse("scann?num_leaves_to_search=2"), keys, 0, 800)
+    part = build_index(parse_spec("scann?num_leaves_to_search=2"), keys, 0, 800)
     together = part.candidates(problem.queries, 5).rows
     np.testing.assert_array_equal(together[:40], part.candidates(problem.queries[:40], 5).rows)
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, modules: set[str]) -> None:
+    """As if these were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else find(name))
 
 
 @pytest.mark.parametrize(
@@ -237,27 +232,28 @@ def test_many_queries_of_scann_find_what_few_do() -> None:
 def test_an_engine_that_is_not_installed_says_how_to_install_it(
     spec: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_installed", lambda name: name != module)
+    hide(monkeypatch, {module})
     with pytest.raises(MissingExtra, match=rf"pip install 'residual-memory\[{module}\]'"):
-        build_index(IndexSpec.parse(spec), column(classification().keys), 0, 60)
+        build_index(parse_spec(spec), column(classification().keys), 0, 60)
 
 
 @pytest.mark.parametrize(("missing", "chosen"), [(set(), "faiss"), ({"faiss"}, "torch"), ({"faiss", "torch"}, "numpy")])
 def test_exact_search_takes_the_best_that_is_installed(
     missing: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_installed", lambda name: name not in missing)
-    part = build_index(IndexSpec.parse("exact"), column(classification().keys), 0, 60)
+    hide(monkeypatch, missing)
+    part = build_index(parse_spec("exact"), column(classification().keys), 0, 60)
     assert chosen in part.description
 
 
 PLAIN_SEARCH = """
+import importlib.util
 import sys
 import numpy as np
 sys.modules["faiss"] = sys.modules["torch"] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("faiss", "torch") else find(name)
 from residual_memory.correction import ResidualKNN
-from residual_memory.indexes import registry
-registry._installed = lambda name: False
 from residual_memory.memory import Memory
 memory = Memory.create(dim=1, n_outputs=2)
 memory.append([[0.0], [1.0]], [0, 1], [[0.5, 0.5]] * 2)

@@ -25,6 +25,7 @@ from residual_memory.evaluation import Setting
 from residual_memory.exchange import Block, Rows
 from residual_memory.explanation import Explanation
 from residual_memory.explanation import explain as explanation_of
+from residual_memory.indexes.registry import check_index
 from residual_memory.memory import Memory
 from residual_memory.progress import progress_bar
 from residual_memory.validation import as_count
@@ -52,7 +53,7 @@ def predict(
     if out is not None:
         _check_out(out)
     memory = options.open_memory(path)
-    options.check_index(index, memory.layout.dim)
+    check_index(index, memory.layout.dim)
     rows = rows_for(data, memory, Reading(model, outputs, batch_size, image_size), labelled=False)
     setting = saved_setting(memory)
     knn = setting.knn(memory, index=index)
@@ -291,7 +292,7 @@ def explain(
     n_neighbors, n_top = as_count("--neighbors", neighbors), as_count("--top", top)
     memory = options.open_memory(path)
     layout = memory.layout
-    options.check_index(index, layout.dim)
+    check_index(index, layout.dim)
     rows = rows_for(data, memory, Reading(model, outputs, image_size=image_size), labelled=False)
     block = rows.checked(_row(rows, row), layout.task, layout.n_outputs, layout.dim)
     setting = saved_setting(memory)

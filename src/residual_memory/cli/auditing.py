@@ -10,6 +10,7 @@ from residual_memory.cli.data import Reading, read_all, rows_for
 from residual_memory.cli.measuring import saved_setting
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs
 from residual_memory.cli.output import facts, report, table
+from residual_memory.indexes.registry import check_index
 from residual_memory.metrics import Estimate
 from residual_memory.privacy import MAX_WEIGHTS, N_MEMBERS, PrivacyReport, audit_privacy
 from residual_memory.validation import as_count, as_fraction
@@ -50,7 +51,7 @@ def privacy(
     The data are rows that are not in the memory, drawn like those that are. The setting is the saved one.
     """
     memory = options.open_memory(path)
-    options.check_index(index, memory.layout.dim)
+    check_index(index, memory.layout.dim)
     caps = [as_fraction("--max-weight", value, above_zero=True) for value in max_weight or MAX_WEIGHTS]
     count = as_count("--members", members)
     rows = read_all(rows_for(data, memory, Reading(model, outputs, batch_size, image_size)), memory)

@@ -8,10 +8,11 @@ import typer
 from rich.table import Table
 
 from residual_memory.cli.carrying import moment_text
-from residual_memory.cli.options import Index, Json, MemoryPath, check_index, open_memory, similar
+from residual_memory.cli.options import Index, Json, MemoryPath, open_memory, similar
 from residual_memory.cli.output import facts, report, shown, size_text, table
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import CorruptFile, MemoryNotFound
+from residual_memory.indexes.registry import check_index
 from residual_memory.memory import Inventory, Memory, Problem
 from residual_memory.memory import salvage as salvage_memory
 from residual_memory.memory import verify as verify_memory

@@ -1,6 +1,5 @@
 """`resmem tune`, `evaluate`, `estimate` and `bench`: what a memory is worth and what it takes."""
 
-import importlib.util
 import os
 import platform
 import time
@@ -36,11 +35,9 @@ from residual_memory.cli.options import (
 from residual_memory.cli.output import facts, note, report, size_text, table
 from residual_memory.cli.text import TextReading, text_at
 from residual_memory.correction import TABLE_BYTES, ResidualKNN
-from residual_memory.errors import InvalidInput, MissingExtra
+from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import METRICS, Evaluation, Setting
-from residual_memory.indexes import scann
-from residual_memory.indexes.faiss import empty_index, required_rows
-from residual_memory.indexes.registry import EXACT_UP_TO, IndexSpec, auto_factory
+from residual_memory.indexes.registry import check_index, planned
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.memory.format import Layout, check_layout
@@ -92,7 +89,7 @@ def tune(
     """
     text = TextReading(model, tokenizer, length, None, limit, batch_size, autocast)
     with options.open_memory(path, writable=save) as memory:
-        options.check_index(index, memory.layout.dim)
+        check_index(index, memory.layout.dim)
         if (file := text_at(data)) is not None:
             others = {"--metric": metric is not None, "--no-gate": gate is False}
             leave_out(f"{data} is text", {**others, **_not_for_text(outputs, image_size)})
@@ -153,7 +150,7 @@ def evaluate(
 ) -> None:
     """Measure the saved setting on data that did not choose it. Exits with 1 where there is no gain."""
     memory = options.open_memory(path)
-    options.check_index(index, memory.layout.dim)
+    check_index(index, memory.layout.dim)
     text, file = TextReading(model, tokenizer, length, stride, limit, batch_size, autocast), text_at(data)
     if file is not None:
         others = {"--metric": metric is not None, "--temperature": temperature is not None}
@@ -301,8 +298,8 @@ def estimate(
     n, d, c = as_count("--rows", rows), as_count("--dim", dim), as_count("--outputs", n_outputs)
     m = None if top_m is None else as_count("--top-m", top_m)
     layout = _planned(d, c, options.task_named(task) or "classification", m, key_dtype, prediction_dtype)
-    options.check_index(index, d)
-    engine, index_bytes = _index_bytes(IndexSpec.parse(index), n, d)
+    spec, index_bytes = planned(index, d, n)
+    engine = f"{spec.engine}:{spec.build}" if spec.build else spec.engine
     itemsize = 8 if prediction_dtype == "float64" else 4
     residual_bytes = n * c * itemsize if n * c * itemsize <= TABLE_BYTES else 0
     row_bytes = layout.bytes_per_row(m)
@@ -349,49 +346,6 @@ def _planned(d: int, c: int, task: Task, m: int | None, key_dtype: str, predicti
     return layout
 
 
-def _index_bytes(spec: IndexSpec, n: int, d: int) -> tuple[str, int]:
-    """The engine that a spec comes to for so many rows, and its bytes in RAM."""
-    build = spec.build
-    if spec.engine == "scann" and n >= scann.required_rows(build):
-        settings = scann.build_settings(build, n)
-        codes = -(-d // int(settings["dimensions_per_block"]))
-        return f"scann {build}".rstrip(), n * (codes + 4) + 4 * int(settings["num_leaves"]) * d
-    if spec.engine == "auto" and n > EXACT_UP_TO and importlib.util.find_spec("faiss"):
-        build = auto_factory(d, n)
-    elif spec.engine != "faiss":
-        copied = build in ("torch", "faiss") or (not build and bool(importlib.util.find_spec("faiss")))
-        return (
-            ("exact", 4 * n * d) if copied or (importlib.util.find_spec("torch") and build != "numpy") else ("exact", 0)
-        )
-    if not importlib.util.find_spec("faiss"):
-        raise MissingExtra("index engine 'faiss'", "faiss")
-    if n < required_rows(build):
-        return f"exact (too few rows for {build})", 4 * n * d
-    return f"faiss:{build}", _faiss_bytes(build, n, d)
-
-
-def _faiss_bytes(factory: str, n: int, d: int) -> int:
-    """Codes, ids and centroids of a faiss index."""
-    import faiss
-
-    index, _ = empty_index(d, factory, {})
-    inner: Any = faiss.downcast_index(index)
-    while isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
-    if isinstance(inner, faiss.IndexIVF):
-        return n * (int(inner.code_size) + 8) + 4 * int(inner.nlist) * int(inner.d)
-    links = 0
-    if isinstance(inner, faiss.IndexHNSW):
-        graph: Any = inner.hnsw
-        links, inner = 4 * graph.nb_neighbors(0), faiss.downcast_index(inner.storage)
-    try:
-        return n * (int(inner.sa_code_size()) + links)
-    except RuntimeError:
-        raise InvalidInput(
-            f"what an index {factory!r} takes is not known; estimate an IVF, PQ, SQ or HNSW index"
-        ) from None
-
-
 # ---------------------------------------------------------------------- bench
 
 
@@ -408,7 +362,7 @@ def bench(
     """
     count, size = as_count("--queries", queries), as_count("--batch", batch)
     memory = options.open_memory(path)
-    options.check_index(index, memory.layout.dim)
+    check_index(index, memory.layout.dim)
     if len(memory) < 2:
         raise InvalidInput(f"{path} holds {len(memory)} rows; at least 2 are needed to time a search")
     keys, own = _drawn(memory, max(count, BATCHES_TIMED * size))

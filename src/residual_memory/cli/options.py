@@ -1,7 +1,6 @@
 """The options that several commands share, and the checks that are worth making before any work."""
 
 import difflib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -9,9 +8,6 @@ from typing import Annotated, Literal, cast
 import typer
 
 from residual_memory.errors import DataNotFound, InvalidInput, MemoryNotFound, ResidualMemoryError
-from residual_memory.indexes import scann
-from residual_memory.indexes.faiss import empty_index
-from residual_memory.indexes.registry import IndexSpec
 from residual_memory.memory import Memory
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
@@ -120,23 +116,6 @@ def task_named(value: str | None) -> Literal["classification", "regression"] | N
     if value is None:
         return None
     return cast(Literal["classification", "regression"], chosen("--task", value, ("classification", "regression")))
-
-
-def check_index(spec: str, dim: int) -> None:
-    """Refuse a mistyped spec before minutes are spent on reading data."""
-    parsed = IndexSpec.parse(spec)
-    if parsed.engine == "faiss" and parsed.build and importlib.util.find_spec("faiss"):
-        empty_index(dim, parsed.build, {name: _number(name, value) for name, value in parsed.options.items()})
-    if parsed.engine == "scann":
-        scann.build_settings(parsed.build, 1)
-        scann.check_query_options({name: _number(name, value) for name, value in parsed.options.items()})
-
-
-def _number(name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise InvalidInput(f"index option {name}={value!r} is not a number") from None
 
 
 def open_memory(path: Path, *, writable: bool = False) -> Memory:

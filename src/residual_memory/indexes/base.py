@@ -5,14 +5,16 @@ An engine proposes a shortlist; the search re-scores it pair by pair from the st
 neither on the engine's arithmetic, nor on blocks, parts or the order of the rows.
 """
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 
+from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.indexes.distances import KeySource, pair_distances, precision_of
 from residual_memory.types import Neighbors
 
@@ -21,6 +23,22 @@ WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a ti
 Reject = Callable[[Int64[ndarray, " m"], Int64[ndarray, "m s"]], Bool[ndarray, "m s"]]
 
 Pieces = Mapping[str, bytes | memoryview]  # what an engine built, as named bytes
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """An engine, what to build, and how to query: "ENGINE:BUILD?NAME=VALUE&NAME=VALUE".
+
+    Attributes
+    ----------
+    engine : a name of `registry`.
+    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann.
+    options : what stands behind the question mark.
+    """
+
+    engine: str
+    build: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,27 +57,117 @@ class Candidates:
 
 
 class Index(ABC):
-    """An engine over rows `first` … `first + n_rows − 1` of a key source; immutable once built.
+    """An index over rows `first` … `first + n_rows − 1` of a key source; immutable once built.
 
-    A new engine implements the methods in a file of its own and a line in `indexes.registry`; the battery in
-    ``tests/contracts/index_contract.py`` says whether it is right.
+    The battery in ``tests/contracts/index_contract.py`` says whether an engine's is right.
     """
 
     first: int
     n_rows: int
 
     @abstractmethod
-    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
-        """At least `n_neighbors` likely rows for each query (all rows where there are fewer)."""
+    def candidates(
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+    ) -> Candidates:
+        """At least `n_neighbors` likely rows for each query (all rows where there are fewer).
+
+        Parameters
+        ----------
+        usable : of the index's rows, those that count; an engine that cannot pass over the others may list them too.
+        """
+
+    @property
+    @abstractmethod
+    def saved_as(self) -> str | None:
+        """Engine, its version and what was built, as `Engine.saved_name` says it; None where nothing is kept."""
 
     @abstractmethod
     def saved(self) -> Pieces:
-        """What was built, for the engine's builder to take as `stored`; empty where there is nothing worth keeping."""
+        """What was built, for `Engine.load`; empty where there is nothing worth keeping."""
 
     @property
     @abstractmethod
     def description(self) -> str:
         """Engine and options, for people."""
+
+
+def require(module: str, extra: str) -> None:
+    """Refuse to go on without a package.
+
+    Raises
+    ------
+    MissingExtra : naming what to install.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtra(f"index engine {module!r}", extra)
+
+
+def numbers_of(options: Mapping[str, str]) -> dict[str, float]:
+    """The options of a spec as numbers.
+
+    Raises
+    ------
+    InvalidInput : if one is none.
+    """
+    numbers = {}
+    for name, value in options.items():
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            raise InvalidInput(f"index option {name}={value!r} is not a number") from None
+    return numbers
+
+
+class Engine(ABC):
+    """Makes the indexes of one kind; `registry` names it. Its methods are called once it is known to be installed."""
+
+    @abstractmethod
+    def check(self, spec: IndexSpec, width: int) -> None:
+        """Refuse a spec that this engine cannot build for keys of so many numbers, before there are rows.
+
+        Raises
+        ------
+        InvalidInput : naming what is unknown and what was expected.
+        """
+
+    @abstractmethod
+    def required_rows(self, spec: IndexSpec) -> int:
+        """Rows below which such an index makes no sense; fewer are searched exactly."""
+
+    @abstractmethod
+    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
+        """What such an index of so many rows will hold in RAM.
+
+        Raises
+        ------
+        InvalidInput : if that is not known of this build string.
+        """
+
+    @abstractmethod
+    def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
+        """An index over some rows.
+
+        Parameters
+        ----------
+        like : an index of this spec over earlier rows: what it learned of them may serve again.
+        """
+
+    @abstractmethod
+    def saved_name(self, spec: IndexSpec) -> str | None:
+        """What an index is saved as: engine, version, and what is built, without the options of its queries.
+
+        None where nothing is worth keeping.
+        """
+
+    @abstractmethod
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+        """The index that `Index.saved` gave under the same `saved_name`.
+
+        Raises
+        ------
+        InvalidInput : if an option does not fit.
+        CorruptFile : if the engine cannot read it.
+        """
 
 
 def nearest(

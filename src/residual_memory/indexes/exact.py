@@ -1,17 +1,64 @@
 """Exact search: faiss where it is installed, torch on any device, numpy otherwise. All give the same answer."""
 
+import importlib.util
+import sys
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Candidates, Index, Pieces
+from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, require
 from residual_memory.indexes.distances import KeySource, squared_error
 
+BACKENDS = ("faiss", "torch", "numpy")  # the first that is installed, where none is named
 KEYS_PER_BLOCK = 1 << 16
 QUERIES_PER_BLOCK = 1 << 8
+
+
+class ExactEngine(Engine):
+    """All distances. What stands behind the colon is the library that computes them; none is the best one here."""
+
+    def check(self, spec: IndexSpec, width: int) -> None:
+        backend = spec.build or _best_backend()
+        if backend not in BACKENDS:
+            raise InvalidInput(f"exact search by {backend!r} is not known, expected {', '.join(BACKENDS)}")
+        if unknown := set(spec.options) - ({"device"} if backend == "torch" else set()):
+            raise InvalidInput(f"exact search by {backend} has no option {min(unknown)!r}")
+        require(backend, backend)
+
+    def required_rows(self, spec: IndexSpec) -> int:
+        return 0
+
+    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
+        return 0 if (spec.build or _best_backend()) == "numpy" else 4 * n_rows * width
+
+    def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
+        backend = spec.build or _best_backend()
+        if backend == "torch":
+            return ExactTorch(keys, first, n_rows, spec.options.get("device", _torch_device()))
+        return (ExactFaiss if backend == "faiss" else ExactNumpy)(keys, first, n_rows)
+
+    def saved_name(self, spec: IndexSpec) -> None:
+        return None
+
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+        raise InvalidInput("of exact search nothing is saved")
+
+
+def _best_backend() -> str:
+    """A GPU that torch already uses, else faiss, else torch, else numpy."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return "torch"
+    return next(name for name in BACKENDS if importlib.util.find_spec(name) is not None)
+
+
+def _torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Centred:
@@ -63,13 +110,19 @@ class ExactFaiss(Index):
         for block in self._centred.blocks():
             self._flat.add(block)
 
-    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+    def candidates(
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+    ) -> Candidates:
         centred = self._centred.queries(queries)
         squared, rows = self._flat.search(centred, min(n_neighbors, self.n_rows))
         return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
 
+    @property
+    def saved_as(self) -> None:
+        return None  # it is the keys themselves, which the memory has
+
     def saved(self) -> Pieces:
-        return {}  # the keys themselves, which the memory has
+        return {}
 
     @property
     def description(self) -> str:
@@ -88,7 +141,9 @@ class ExactTorch(Index):
         self._blocks = [torch.from_numpy(block).to(self._device) for block in self._centred.blocks()]
         self._norms = [block.square().sum(1) for block in self._blocks]
 
-    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+    def candidates(
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+    ) -> Candidates:
         import torch
 
         centred = self._centred.queries(queries)
@@ -120,8 +175,12 @@ class ExactTorch(Index):
             rows = places.gather(1, chosen)
         return best + norms, rows
 
+    @property
+    def saved_as(self) -> None:
+        return None  # it is the keys themselves, which the memory has
+
     def saved(self) -> Pieces:
-        return {}  # the keys themselves, which the memory has
+        return {}
 
     @property
     def description(self) -> str:
@@ -137,7 +196,9 @@ class ExactNumpy(Index):
         for _ in self._centred.blocks():
             pass  # the largest norm is learned here
 
-    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+    def candidates(
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+    ) -> Candidates:
         centred = self._centred.queries(queries)
         k = min(n_neighbors, self.n_rows)
         squared, rows = np.full((len(centred), k), np.inf, np.float32), np.full((len(centred), k), -1, np.int64)
@@ -152,8 +213,12 @@ class ExactNumpy(Index):
         squared += np.einsum("qd,qd->q", centred, centred)[:, None]
         return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
 
+    @property
+    def saved_as(self) -> None:
+        return None  # it is the keys themselves, which the memory has
+
     def saved(self) -> Pieces:
-        return {}  # the keys themselves, which the memory has
+        return {}
 
     @property
     def description(self) -> str:

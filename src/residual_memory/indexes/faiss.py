@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import Candidates, Index, Pieces
+from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, numbers_of, require
 from residual_memory.indexes.distances import KeySource
 
 TRAINING_ROWS_PER_CELL = 64
@@ -16,6 +16,37 @@ ADDED_PER_BLOCK = 1 << 16
 # Quantised codes rank coarsely: measured recall at 2, 4 and 10 times k was 0.775, 0.92 and 0.99.
 QUANTISED_FACTOR, UNQUANTISED_FACTOR = 10.0, 1.0
 _PIECE = "index"
+
+
+class FaissEngine(Engine):
+    """Faiss: its own factory string behind the colon, its own query options and `k_factor` behind the question mark."""
+
+    def check(self, spec: IndexSpec, width: int) -> None:
+        require("faiss", "faiss")
+        if not spec.build:
+            raise InvalidInput("index 'faiss' needs a factory string, for example 'faiss:IVF1024,PQ64x4fs'")
+        empty_index(width, spec.build, numbers_of(spec.options))
+
+    def required_rows(self, spec: IndexSpec) -> int:
+        return max(39 * _cells(spec.build), 256 if "PQ" in spec.build else 1)
+
+    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
+        return _planned_bytes(spec.build, width, n_rows)
+
+    def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
+        return Faiss(keys, first, n_rows, factory=spec.build, options=numbers_of(spec.options))
+
+    def saved_name(self, spec: IndexSpec) -> str:
+        return _saved_name(spec.build)
+
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+        return Faiss(keys, first, n_rows, factory=spec.build, options=numbers_of(spec.options), stored=stored)
+
+
+def _saved_name(factory: str) -> str:
+    import faiss
+
+    return f"faiss {faiss.__version__}:{factory.removesuffix(',RFlat')}"
 
 
 class Faiss(Index):
@@ -55,10 +86,16 @@ class Faiss(Index):
             self._index = _loaded(stored, type(empty), keys.width, n_rows)
             _set_options(self._index, factory, options)
 
-    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+    def candidates(
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+    ) -> Candidates:
         k = min(int(n_neighbors * self._k_factor), self.n_rows)
         _, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k)
         return Candidates(np.where(rows >= 0, rows + self.first, -1), None)
+
+    @property
+    def saved_as(self) -> str:
+        return _saved_name(self._factory)
 
     def saved(self) -> Pieces:
         import faiss
@@ -70,16 +107,26 @@ class Faiss(Index):
         return f"faiss {self._factory}"
 
 
-def version() -> str:
-    """Of the engine: what one version saved is not given to another."""
+def _planned_bytes(factory: str, width: int, n_rows: int) -> int:
+    """Codes, ids and centroids of an index of so many rows."""
     import faiss
 
-    return faiss.__version__
-
-
-def required_rows(factory: str) -> int:
-    """Rows below which training such an index makes no sense; fewer are searched exactly."""
-    return max(39 * _cells(factory), 256 if "PQ" in factory else 1)
+    index, _ = empty_index(width, factory, {})
+    inner: Any = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexIVF):
+        return n_rows * (int(inner.code_size) + 8) + 4 * int(inner.nlist) * int(inner.d)
+    links = 0
+    if isinstance(inner, faiss.IndexHNSW):
+        graph: Any = inner.hnsw
+        links, inner = 4 * graph.nb_neighbors(0), faiss.downcast_index(inner.storage)
+    try:
+        return n_rows * (int(inner.sa_code_size()) + links)
+    except RuntimeError:
+        raise InvalidInput(
+            f"what an index {factory!r} takes is not known; estimate an IVF, PQ, SQ or HNSW index"
+        ) from None
 
 
 def _cells(factory: str) -> int:

@@ -6,101 +6,89 @@ For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,
 import difflib
 import importlib
 import importlib.util
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from residual_memory.errors import InvalidInput, MissingExtra
-from residual_memory.indexes.base import Index, Pieces
+from residual_memory.errors import InvalidInput
+from residual_memory.indexes.base import Engine, Index, IndexSpec, Pieces
 from residual_memory.indexes.distances import KeySource
 
+AUTO = "auto"
 EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
+EXACT_TAIL = 1 << 14  # rows that were appended and are searched exactly, before they are encoded like the others
+# Each engine's class; its module is imported when the engine is named.
+ENGINES: dict[str, str] = {
+    "exact": "residual_memory.indexes.exact:ExactEngine",
+    "faiss": "residual_memory.indexes.faiss:FaissEngine",
+    "scann": "residual_memory.indexes.scann:ScannEngine",
+}
+EXACT = IndexSpec("exact")
 
 
-@dataclass(frozen=True)
-class IndexSpec:
-    """An engine, what to build, and how to query.
-
-    Attributes
-    ----------
-    engine : "auto", "exact", "faiss" or "scann".
-    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann.
-    options : what stands behind the question mark.
-    """
-
-    engine: str
-    build: str = ""
-    options: dict[str, str] = field(default_factory=dict)
-
-    @staticmethod
-    def parse(text: str) -> "IndexSpec":
-        """Read a spec.
-
-        Raises
-        ------
-        InvalidInput : if the engine is unknown, or an option is not name=value.
-        """
-        head, _, query = str(text).partition("?")
-        engine, _, build = head.partition(":")
-        if engine not in ENGINES:
-            close = difflib.get_close_matches(engine, ENGINES, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InvalidInput(f"index is {text!r}, expected to begin with one of {', '.join(ENGINES)}{hint}")
-        pairs = [option.partition("=") for option in query.split("&") if option]
-        if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
-            raise InvalidInput(f"index option {bad[0]!r} in {text!r} is not of the form name=value")
-        return IndexSpec(engine, build, {name: value for name, _, value in pairs})
-
-
-def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
-    """Build the index that a spec names over some rows.
+def parse_spec(text: str) -> IndexSpec:
+    """Read a spec.
 
     Raises
     ------
-    InvalidInput : if the engine does not know the build string or an option.
+    InvalidInput : if the engine is unknown, or an option is not name=value.
+    """
+    head, _, query = str(text).partition("?")
+    engine, _, build = head.partition(":")
+    known = (AUTO, *ENGINES)
+    if engine not in known:
+        close = difflib.get_close_matches(engine, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidInput(f"index is {text!r}, expected to begin with one of {', '.join(known)}{hint}")
+    pairs = [option.partition("=") for option in query.split("&") if option]
+    if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
+        raise InvalidInput(f"index option {bad[0]!r} in {text!r} is not of the form name=value")
+    return IndexSpec(engine, build, {name: value for name, _, value in pairs})
+
+
+def engine_named(name: str) -> Engine:
+    """The engine of a spec that was resolved."""
+    module, _, kind = ENGINES[name].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), kind)()
+    return engine
+
+
+def check_index(text: str, width: int) -> None:
+    """Refuse a spec that cannot be built for keys of so many numbers, before there are rows.
+
+    Raises
+    ------
+    InvalidInput : if the engine is unknown, or does not know the build string or an option.
     MissingExtra : if the engine is not installed.
     """
-    return ENGINES[spec.engine](spec, keys, first, n_rows)
+    spec = parse_spec(text)
+    if spec.engine == AUTO:
+        if spec.build or spec.options:
+            raise InvalidInput(f"index is {text!r}, but 'auto' decides by itself; name an engine to give it options")
+    else:
+        engine_named(spec.engine).check(spec, width)
 
 
-def load_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
-    """The index that a spec names over some rows, from what `Index.saved` gave under the same `saved_name`.
+def planned(text: str, width: int, n_rows: int) -> tuple[IndexSpec, int]:
+    """What an index of so many rows will be, and the bytes that it will hold in RAM.
 
     Raises
     ------
-    InvalidInput : if an option does not fit.
-    CorruptFile : if the engine cannot read it.
+    InvalidInput, MissingExtra : as `check_index`, or if its bytes are not known.
     """
-    spec = _decided(spec, keys.width, n_rows)
-    return LOADERS[spec.engine](spec, keys, first, n_rows, stored)
+    spec = resolved(parse_spec(text), width, n_rows)
+    engine = engine_named(spec.engine)
+    engine.check(spec, width)
+    if n_rows < engine.required_rows(spec):
+        spec, engine = EXACT, engine_named("exact")
+    return spec, engine.ram_bytes(spec, width, n_rows)
 
 
-def saved_name(spec: IndexSpec, width: int, n_rows: int) -> str | None:
-    """What an index of so many rows is, with the engine's version but without the options of its queries.
-
-    None is exact search, of which there is nothing to save.
-    """
-    spec = _decided(spec, width, n_rows)
-    if spec.engine not in LOADERS or not _installed(spec.engine):
-        return None
-    engine: Any = importlib.import_module(f"residual_memory.indexes.{spec.engine}")
-    if n_rows < engine.required_rows(spec.build):
-        return None
-    return f"{spec.engine} {engine.version()}:{spec.build.removesuffix(',RFlat')}"
-
-
-def _decided(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:
-    """What "auto" comes to for so many rows; every other spec as it is."""
-    if spec.engine != "auto":
+def resolved(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:
+    """What "auto" comes to for a memory of so many rows; every other spec as it is."""
+    if spec.engine != AUTO:
         return spec
-    if n_rows <= EXACT_UP_TO or not _installed("faiss"):
-        return replace(spec, engine="exact")
+    if n_rows <= EXACT_UP_TO or importlib.util.find_spec("faiss") is None:
+        return EXACT
     return replace(spec, engine="faiss", build=auto_factory(width, n_rows))
-
-
-def _auto(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
-    return build_index(_decided(spec, keys.width, n_rows), keys, first, n_rows)
 
 
 def auto_factory(width: int, n_rows: int) -> str:
@@ -110,83 +98,43 @@ def auto_factory(width: int, n_rows: int) -> str:
     return f"IVF{cells},PQ{codes}x4fs"
 
 
-def _exact(spec: IndexSpec, keys: KeySource, first: int, n_rows: int) -> Index:
-    from residual_memory.indexes import exact
+def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
+    """Build the index that a spec names over some rows; too few for it are searched exactly.
 
-    backend = spec.build or _best_exact()
-    allowed = {"device"} if backend == "torch" else set()
-    if unknown := set(spec.options) - allowed:
-        raise InvalidInput(f"exact search by {backend} has no option {min(unknown)!r}")
-    if backend == "faiss":
-        _require("faiss", "faiss")
-        return exact.ExactFaiss(keys, first, n_rows)
-    if backend == "torch":
-        _require("torch", "torch")
-        return exact.ExactTorch(keys, first, n_rows, spec.options.get("device", _torch_device()))
-    if backend == "numpy":
-        return exact.ExactNumpy(keys, first, n_rows)
-    raise InvalidInput(f"exact search by {backend!r} is not known, expected faiss, torch or numpy")
+    Parameters
+    ----------
+    like : an index of this spec over earlier rows: what it learned of them may serve again.
 
-
-def _faiss(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces | None = None) -> Index:
-    _require("faiss", "faiss")
-    from residual_memory.indexes.faiss import Faiss, empty_index, required_rows
-
-    if not spec.build:
-        raise InvalidInput("index 'faiss' needs a factory string, for example 'faiss:IVF1024,PQ64x4fs'")
-    options = {name: _number(name, value) for name, value in spec.options.items()}
-    if n_rows < required_rows(spec.build):
-        empty_index(keys.width, spec.build, options)  # a mistyped spec is refused now, not when the memory has grown
-        return _exact(IndexSpec("exact"), keys, first, n_rows)
-    return Faiss(keys, first, n_rows, factory=spec.build, options=options, stored=stored)
+    Raises
+    ------
+    InvalidInput : if the engine does not know the build string or an option.
+    MissingExtra : if the engine is not installed.
+    """
+    spec = resolved(spec, keys.width, n_rows)
+    engine = engine_named(spec.engine)
+    engine.check(spec, keys.width)  # a mistyped spec is refused now, not when the memory has grown
+    required = engine.required_rows(spec)
+    if n_rows < (required if like is None else min(required, EXACT_TAIL)):
+        spec, engine, like = EXACT, engine_named("exact"), None
+    return engine.build(spec, keys, first, n_rows, like)
 
 
-def _scann(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces | None = None) -> Index:
-    _require("scann", "scann")
-    from residual_memory.indexes.scann import Scann, check_query_options, required_rows
+def saved_spec(spec: IndexSpec, name: str, width: int, n_rows: int) -> IndexSpec | None:
+    """The spec by which an index saved under a name can serve where `spec` is asked for; None where it cannot.
 
-    options = {name: _number(name, value) for name, value in spec.options.items()}
-    check_query_options(options)
-    if n_rows < required_rows(spec.build):
-        return _exact(IndexSpec("exact"), keys, first, n_rows)
-    return Scann(keys, first, n_rows, build=spec.build, options=options, stored=stored)
-
-
-ENGINES: dict[str, Callable[[IndexSpec, KeySource, int, int], Index]] = {
-    "auto": _auto,
-    "exact": _exact,
-    "faiss": _faiss,
-    "scann": _scann,
-}
-# Engines whose building takes long enough that what they built is worth keeping.
-LOADERS: dict[str, Callable[[IndexSpec, KeySource, int, int, Pieces], Index]] = {"faiss": _faiss, "scann": _scann}
+    Where a memory of `n_rows` is large enough for "auto" to take faiss, any faiss index serves it.
+    """
+    if spec.engine == AUTO and (spec := resolved(spec, width, n_rows)) != EXACT:
+        spec = replace(spec, build=name.partition(":")[2])
+    return spec if engine_named(spec.engine).saved_name(spec) == name else None
 
 
-def _best_exact() -> str:
-    """A GPU that torch already uses, else faiss, else torch, else numpy."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return "torch"
-    return next((name for name in ("faiss", "torch") if _installed(name)), "numpy")
+def load_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+    """The index over some rows, from what `Index.saved` gave; the spec is that of `saved_spec`.
 
-
-def _torch_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _require(module: str, extra: str) -> None:
-    if not _installed(module):
-        raise MissingExtra(f"index engine {module!r}", extra)
-
-
-def _number(name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise InvalidInput(f"index option {name}={value!r} is not a number") from None
+    Raises
+    ------
+    InvalidInput : if an option does not fit.
+    CorruptFile : if the engine cannot read it.
+    """
+    return engine_named(spec.engine).load(spec, keys, first, n_rows, stored)

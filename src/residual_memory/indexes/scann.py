@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import Candidates, Index, Pieces
+from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, numbers_of, require
 from residual_memory.indexes.distances import KeySource
 
 ROWS_PER_LEAF, LEAST_ROWS = 16, 256
@@ -33,6 +33,36 @@ QUERY_OPTIONS = ("num_leaves_to_search", "k_factor")
 
 _CENTRE = "centre"
 _FILE = re.compile(r"\w+\.(pb|pbtxt|npy)")
+
+
+class ScannEngine(Engine):
+    """ScaNN: options of the structure behind the colon, those of the search behind the question mark."""
+
+    def check(self, spec: IndexSpec, width: int) -> None:
+        require("scann", "scann")
+        build_settings(spec.build, 1)
+        check_query_options(numbers_of(spec.options))
+
+    def required_rows(self, spec: IndexSpec) -> int:
+        return max(LEAST_ROWS, ROWS_PER_LEAF * int(_options(spec.build).get("num_leaves", 1)))
+
+    def ram_bytes(self, spec: IndexSpec, width: int, n_rows: int) -> int:
+        settings = build_settings(spec.build, n_rows)
+        codes = -(-width // int(settings["dimensions_per_block"]))
+        return n_rows * (codes + 4) + 4 * int(settings["num_leaves"]) * width
+
+    def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
+        return Scann(keys, first, n_rows, build=spec.build, options=numbers_of(spec.options))
+
+    def saved_name(self, spec: IndexSpec) -> str:
+        return _saved_name(spec.build)
+
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+        return Scann(keys, first, n_rows, build=spec.build, options=numbers_of(spec.options), stored=stored)
+
+
+def _saved_name(build: str) -> str:
+    return f"scann {importlib.metadata.version('scann')}:{build}"
 
 
 class Scann(Index):
@@ -77,7 +107,9 @@ class Scann(Index):
         else:
             self._centre, self._searcher = _loaded(stored, keys.width, n_rows)
 
-    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int) -> Candidates:
+    def candidates(
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+    ) -> Candidates:
         if queries.shape[1] != len(self._centre):
             raise InvalidInput(f"queries have dimension {queries.shape[1]}, but the index is of {len(self._centre)}")
         k = min(int(n_neighbors * self._k_factor), self.n_rows)
@@ -89,6 +121,10 @@ class Scann(Index):
         rows, distances = search(centred, final_num_neighbors=k, leaves_to_search=self._leaves)
         return Candidates(np.where(np.isnan(distances), -1, rows.astype(np.int64) + self.first), None)
 
+    @property
+    def saved_as(self) -> str:
+        return _saved_name(self._build)
+
     def saved(self) -> Pieces:
         with tempfile.TemporaryDirectory() as folder:
             self._searcher.serialize(folder, relative_path=True)
@@ -98,17 +134,6 @@ class Scann(Index):
     @property
     def description(self) -> str:
         return f"scann {self._build}".rstrip()
-
-
-def version() -> str:
-    """Of the engine: what one version saved is not given to another."""
-    return importlib.metadata.version("scann")
-
-
-def required_rows(build: str) -> int:
-    """Rows below which training such an index makes no sense; fewer are searched exactly."""
-    named = _options(build)
-    return max(LEAST_ROWS, ROWS_PER_LEAF * int(named.get("num_leaves", 1)))
 
 
 def build_settings(build: str, n_rows: int) -> dict[str, float]:

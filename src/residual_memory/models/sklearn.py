@@ -17,7 +17,7 @@ from residual_memory.correction import ResidualKNN, correct
 from residual_memory.errors import DuplicateId, InvalidInput, MissingExtra, UncalibratedScores
 from residual_memory.evaluation import Evaluation, Setting
 from residual_memory.explanation import Explanation, explain
-from residual_memory.indexes.registry import IndexSpec
+from residual_memory.indexes.registry import parse_spec
 from residual_memory.kernels import check_kernel
 from residual_memory.memory import Memory, require_empty
 from residual_memory.models.table_fitting import FEWEST_ROWS, Fitting, Remembered, Rows
@@ -397,7 +397,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
             given["kernels"] = (self.kernel,)
         if self.max_distance is not None:
             _given(as_positive, "max_distance", self.max_distance)
-        IndexSpec.parse(self.index)
+        parse_spec(self.index)
         if self.memory is not None:
             require_empty(self.memory)  # better now than after the base was fitted six times
         return Grid(**given)

@@ -17,7 +17,7 @@ from numpy import ndarray
 from residual_memory.correction import to_probabilities
 from residual_memory.evaluation import Evaluation, Setting, summarize
 from residual_memory.indexes.base import nearest
-from residual_memory.indexes.registry import IndexSpec, build_index
+from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.kernels import KRIGING
 from residual_memory.memory import Column
 from residual_memory.metric_learning import Lesson
@@ -110,7 +110,7 @@ class Fold:
     ) -> "Fold":
         """Search for neighbours among the usable rows."""
         column = Column([keys[usable]], keys[:0])
-        engine = build_index(IndexSpec.parse(index), column, 0, len(usable))
+        engine = build_index(parse_spec(index), column, 0, len(usable))
         found = nearest([engine], column, keys[queries], min(k, len(usable)))
         places = np.where(found.rows >= 0, usable[np.maximum(found.rows, 0)], -1)
         return Fold(queries, Neighbors(found.distances, places), Column([keys], keys[:0]), rows, absolute)
