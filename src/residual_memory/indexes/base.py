@@ -8,7 +8,7 @@ neither on the engine's arithmetic, nor on blocks, parts or the order of the row
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
@@ -50,10 +50,12 @@ class Candidates:
     rows : in any order; −1 where there are no more.
     bounds : squared distance below which no row was left out, +inf where all rows are listed; None for an engine that
         promises nothing.
+    complete : whether all rows were looked at; False where parts of a distributed index did not answer.
     """
 
     rows: Int64[ndarray, "q s"]
     bounds: Float[ndarray, " q"] | None
+    complete: bool = True
 
 
 class Index(ABC):
@@ -194,7 +196,7 @@ def nearest(
     """
     found = Neighbors(np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64))
     queries = queries.astype(precision_of(keys), copy=False)
-    n_rows = len(keys)
+    n_rows, complete = len(keys), True
     pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
     while len(pending) and n_rows:
         wanted = min(wanted, n_rows)
@@ -202,13 +204,14 @@ def nearest(
         for block in np.array_split(pending, -(-len(pending) * wanted * len(parts) // WIDEST_BLOCK)):
             some = queries[block]
             listed = _merged([part.candidates(some, wanted) for part in parts])
+            complete = complete and listed.complete
             ranked = _rescored(keys, some, block, listed.rows, tie_ranks, reject)
             k = min(n_neighbors, ranked.rows.shape[1])
             found.distances[block, :k] = ranked.distances[:, :k]
             found.rows[block, :k] = ranked.rows[:, :k]
             unsettled.append(block[~_settled(listed, found.distances[block], wanted >= n_rows)])
         pending, wanted = np.concatenate(unsettled), wanted * 4
-    return found
+    return replace(found, complete=complete)
 
 
 def _rescored(
@@ -247,4 +250,5 @@ def _merged(listed: Sequence[Candidates]) -> Candidates:
         return listed[0]
     promised = [part.bounds for part in listed if part.bounds is not None]
     rows = np.concatenate([part.rows for part in listed], axis=1)
-    return Candidates(rows, np.min(promised, axis=0) if len(promised) == len(listed) else None)
+    bounds = np.min(promised, axis=0) if len(promised) == len(listed) else None
+    return Candidates(rows, bounds, all(part.complete for part in listed))

@@ -4,6 +4,7 @@ An actor opens its rows itself, builds any other engine's index over them, and a
 their exact distances. The merged shortlist is scored again like any other, so the answer is that of one index.
 """
 
+import itertools
 import platform
 import warnings
 import weakref
@@ -71,7 +72,7 @@ class RayEngine(Engine):
 
     def build(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
         n_shards, inner = _read(spec)
-        if like is not None:
+        if isinstance(like, Sharded):
             if n_rows < EXACT_TAIL:
                 return build_index(EXACT, keys, first, n_rows)
             n_shards = min(n_shards, -(-n_rows * n_shards // like.n_rows))  # as long as those of the earlier rows
@@ -146,7 +147,7 @@ class Shard:
 
                 opener = ray.get(opener[0])
             keys: KeySource = opener()
-            if _digest(keys, 0, len(keys)) != self._digest:
+            if digest_of(keys, 0, len(keys)) != self._digest:
                 raise PathNotShared(
                     f"the files that {platform.node()} finds under the memory's path are others; "
                     "put the memory on a file system that all machines of the cluster share"
@@ -174,9 +175,7 @@ class Sharded(Index):
     ShardDown : if an actor dies while it builds.
     """
 
-    def __init__(
-        self, keys: KeySource, first: int, n_rows: int, n_shards: int, spec: IndexSpec, how: How
-    ) -> None:
+    def __init__(self, keys: KeySource, first: int, n_rows: int, n_shards: int, spec: IndexSpec, how: How) -> None:
         self.first, self.n_rows, self._how = first, n_rows, how
         self._ray = connected("index engine 'ray'")
         _check_cluster(self._ray, how.cpus)
@@ -187,10 +186,8 @@ class Sharded(Index):
         self._changing = Lock()
         self._n_partial = 0
         self._masks: tuple[Bool[ndarray, " n"] | None, Sequence[Any]] = (None, [None] * len(self._ranges))
-        self._given = [
-            (_sent(self._ray, keys.opener(first + rows.start, len(rows))), _digest(keys, first + rows.start, len(rows)), spec)
-            for rows in self._ranges
-        ]
+        places = [(first + rows.start, len(rows)) for rows in self._ranges]
+        self._given = [(_sent(self._ray, keys.opener(*place)), digest_of(keys, *place), spec) for place in places]
         self._actors = [self._started(number) for number in range(len(self._ranges))]
         self._ends = weakref.finalize(self, _end, self._ray, self._actors)
         self._ends.atexit = False  # Ray ends the actors of a process that ends
@@ -246,25 +243,28 @@ class Sharded(Index):
             actors = list(self._actors)
         called = [call(number, actor) for number, actor in enumerate(actors)]
         ray.wait(called, num_returns=len(called), timeout=None if building else self._how.timeout)
-        answers: list[Any] = []
-        for number, answer in enumerate(called):
-            try:
-                answers.append(ray.get(answer, timeout=0))
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if building or not isinstance(cause, _CANNOT_LOAD):
-                    raise cause from None
-                answers.append(_Down(number, str(cause)))
-            except ray.exceptions.GetTimeoutError:
-                answers.append(_Down(number, f"it has said nothing for {self._how.timeout:g} seconds"))
-            except ray.exceptions.ActorDiedError:
-                self._replace(number, actors[number])
-                answers.append(_Down(number, "its process died; it is started again"))
-            except ray.exceptions.RayError:
-                answers.append(_Down(number, "its process died; Ray is starting it again"))
+        answers = [self._answer(number, actors[number], answer, building) for number, answer in enumerate(called)]
         if building and (down := [answer for answer in answers if isinstance(answer, _Down)]):
             raise ShardDown(self._described(down))
         return answers
+
+    def _answer(self, number: int, actor: Any, called: Any, building: bool) -> Any:
+        """What one shard answers, or that it does not."""
+        exceptions = self._ray.exceptions
+        try:
+            return self._ray.get(called, timeout=0)
+        except exceptions.RayTaskError as error:
+            if building or not isinstance(error.cause, _CANNOT_LOAD):
+                raise error.cause from None
+            why = str(error.cause)
+        except exceptions.RayError as error:
+            error.__traceback__ = None  # whose frames would keep this index, and so the actors, alive
+            if isinstance(error, exceptions.GetTimeoutError):
+                return _Down(number, f"it has said nothing for {self._how.timeout:g} seconds")
+            why = "its process died, and is being started again"
+            if isinstance(error, exceptions.ActorDiedError):
+                self._replace(number, actor)
+        return _Down(number, why)
 
     def _replace(self, number: int, dead: Any) -> None:
         """Start an actor in the place of one that Ray has given up."""
@@ -296,8 +296,8 @@ class Sharded(Index):
         """Which rows of each shard count; sent once for each array."""
         with self._changing:
             if self._masks[0] is not usable:
-                sent = [None if usable is None else self._ray.put(usable[rows.start : rows.stop]) for rows in self._ranges]
-                self._masks = usable, sent
+                parts = [None if usable is None else usable[rows.start : rows.stop] for rows in self._ranges]
+                self._masks = usable, [None if part is None else self._ray.put(part) for part in parts]
             return self._masks[1]
 
     def _merged(self, answers: Sequence[Any], k: int) -> Candidates:
@@ -353,10 +353,10 @@ def _written(spec: IndexSpec) -> str:
 def _ranges(n_rows: int, n_shards: int) -> list[range]:
     """The rows of each shard, as even as can be; none is empty."""
     cuts = np.linspace(0, n_rows, min(n_shards, n_rows) + 1).astype(int).tolist()
-    return [range(first, end) for first, end in zip(cuts, cuts[1:], strict=False)]
+    return [range(first, end) for first, end in itertools.pairwise(cuts)]
 
 
-def _digest(keys: KeySource, first: int, n_rows: int) -> int:
+def digest_of(keys: KeySource, first: int, n_rows: int) -> int:
     """Of keys that lie evenly over the rows."""
     rows = first + np.unique(np.linspace(0, n_rows - 1, min(SAMPLED_ROWS, n_rows)).astype(np.int64))
     some = keys.take(rows)
@@ -380,7 +380,7 @@ def _check_cluster(ray: Any, cpus: float) -> None:
     """
     largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
     if largest < max(cpus, 1):
-        raise InvalidInput(f"index option cpus is {cpus:g}, but no machine of the cluster has more than {largest:g} cores")
+        raise InvalidInput(f"index option cpus is {cpus:g}, but no machine of Ray's has more than {largest:g} cores")
 
 
 def _end(ray: Any, actors: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """From a spec string to an index.
 
-For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann".
+For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann", "ray:8".
 """
 
 import difflib
@@ -19,6 +19,7 @@ EXACT_TAIL = 1 << 14  # rows that were appended and are searched exactly, before
 ENGINES: dict[str, str] = {
     "exact": "residual_memory.indexes.exact:ExactEngine",
     "faiss": "residual_memory.indexes.faiss:FaissEngine",
+    "ray": "residual_memory.indexes.ray:RayEngine",
     "scann": "residual_memory.indexes.scann:ScannEngine",
 }
 EXACT = IndexSpec("exact")

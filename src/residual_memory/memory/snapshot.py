@@ -18,7 +18,7 @@ from residual_memory.memory.attributes import (
 )
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.lookup import SegmentIds, all_ascending, find_rows
-from residual_memory.memory.storage import MappedPlace, place_of
+from residual_memory.memory.storage import MappedPlace, mapped_place
 from residual_memory.residuals import classification_residuals, dense, regression_residuals
 from residual_memory.types import TopM
 
@@ -104,8 +104,9 @@ class Column:
         Rows that lie in files are read there from the files; others travel with it.
         """
         cuts = np.clip(np.array([first, first + n_rows]) - self._starts[:-1, None], 0, None).tolist()
-        pieces = [part[begin:end] for part, (begin, end) in zip(self._parts, cuts, strict=True) if len(part[begin:end])]
-        return partial(_opened, [place_of(piece) or np.ascontiguousarray(piece) for piece in pieces], self._parts[0][:0])
+        pieces = [part[begin:end] for part, (begin, end) in zip(self._parts, cuts, strict=True)]
+        sent = [mapped_place(piece) or np.ascontiguousarray(piece) for piece in pieces if len(piece)]
+        return partial(_opened, sent, np.array(self._parts[0][:0]))
 
     def blocks(self, size: int, first: int = 0) -> Iterator[ndarray]:
         """The rows from `first` on in blocks of at most `size`; no block spans two segments."""

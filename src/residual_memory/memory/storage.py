@@ -101,7 +101,7 @@ class MappedPlace:
         return directory.map(self.path.name, self.dtype, self.shape, self.offset)
 
 
-def place_of(array: ndarray) -> MappedPlace | None:
+def mapped_place(array: ndarray) -> MappedPlace | None:
     """Where an array lies; None of one that is in RAM, or not in one piece."""
     mapped: Any = array
     while mapped is not None and not isinstance(mapped, np.memmap):
