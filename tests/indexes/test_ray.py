@@ -315,9 +315,8 @@ def test_another_file_of_the_same_name_is_noticed(tmp_path: Path) -> None:
         ("ray:2?partial=2", "partial is 2, expected 0 or 1"),
         ("ray:2?timeout=0", "timeout is 0, expected seconds above 0"),
         ("ray:2?timeout=soon", "timeout='soon' is not a number"),
-        ("ray:2?cpus=-1", "cpus is -1"),
+        ("ray:2?threads=0.5", r"threads is 0\.5, expected a whole number above 0"),
         ("ray:2?nprobe=3", "has no option 'nprobe'"),
-        ("ray:2?cpus=99", "no machine of Ray's has more than 4 cores"),
     ],
 )
 def test_a_spec_that_cannot_be_built_is_refused(spec: str, said: str) -> None:
@@ -330,6 +329,12 @@ def test_without_ray_the_message_says_how_to_install_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
     with pytest.raises(MissingExtra, match=r"pip install 'residual-memory\[ray\]'"):
         knn_of(memory_of(classification()), index="ray:2")
+
+
+def test_each_shard_has_the_threads_that_it_was_given(ray: Any) -> None:
+    knn = knn_of(memory_of(classification(n=300)), index="ray:2?threads=3")
+    asked = [actor.__ray_call__.remote(lambda _: os.environ["OMP_NUM_THREADS"]) for actor in sharded(knn)._actors]
+    assert ray.get(asked) == ["3", "3"]
 
 
 def test_few_rows_are_searched_without_a_cluster() -> None:

@@ -46,7 +46,7 @@ INLINE_BYTES = 100 << 10  # queries that are sent with the call; more go through
 SAMPLED_ROWS = 256
 
 _CANNOT_LOAD = (PathNotShared, StorageFailure, CorruptFile)  # of a shard that was started again
-OPTIONS = {"partial": 0.0, "timeout": TIMEOUT, "cpus": 0.0}
+OPTIONS = {"partial": 0.0, "timeout": TIMEOUT, "threads": 1.0}
 
 
 class RayEngine(Engine):
@@ -93,12 +93,12 @@ class How:
     ----------
     partial : answer from the shards that are there, with a warning and a mark; else a missing one is an error.
     timeout : seconds after which a shard that does not answer is missing.
-    cpus : cores that each shard holds and uses; 0 holds none and uses one.
+    threads : that each shard searches with.
     """
 
     partial: bool
     timeout: float
-    cpus: float
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Sharded(Index):
     def __init__(self, keys: KeySource, first: int, n_rows: int, n_shards: int, spec: IndexSpec, how: How) -> None:
         self.first, self.n_rows, self._how = first, n_rows, how
         self._ray = connected("index engine 'ray'")
-        _check_cluster(self._ray, how.cpus)
+        _check_cluster(self._ray)
         self._ranges = _ranges(n_rows, n_shards)
         self._name = f"ray:{n_shards}" + ("" if spec == EXACT else f":{_written(spec)}")
         precision = np.finfo(precision_of(keys))
@@ -222,9 +222,11 @@ class Sharded(Index):
 
     def _started(self, number: int) -> Any:
         """An actor for a shard, on whichever machine has room."""
-        cpus = {"num_cpus": self._how.cpus} if self._how.cpus else {}
         actor = self._ray.remote(Shard).options(
-            max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD", **cpus
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._how.threads)}},
         )
         return actor.remote(*self._given[number])
 
@@ -341,9 +343,9 @@ def _how(spec: IndexSpec) -> How:
         raise InvalidInput(f"index option partial is {found['partial']:g}, expected 0 or 1")
     if not 0 < found["timeout"] < float("inf"):
         raise InvalidInput(f"index option timeout is {found['timeout']:g}, expected seconds above 0")
-    if not 0 <= found["cpus"] < float("inf"):
-        raise InvalidInput(f"index option cpus is {found['cpus']:g}, expected a number of cores")
-    return How(bool(found["partial"]), found["timeout"], found["cpus"])
+    if found["threads"] < 1 or not found["threads"].is_integer():
+        raise InvalidInput(f"index option threads is {found['threads']:g}, expected a whole number above 0")
+    return How(bool(found["partial"]), found["timeout"], int(found["threads"]))
 
 
 def _written(spec: IndexSpec) -> str:
@@ -371,16 +373,15 @@ def _sent(ray: Any, opener: Callable[[], KeySource]) -> Any:
     return opener if size <= INLINE_BYTES else [ray.put(opener)]
 
 
-def _check_cluster(ray: Any, cpus: float) -> None:
-    """Refuse to wait for cores that no machine has.
+def _check_cluster(ray: Any) -> None:
+    """Refuse to wait for machines that nobody has.
 
     Raises
     ------
-    InvalidInput : if that is so.
+    InvalidInput : if no machine of the cluster has a core.
     """
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if largest < max(cpus, 1):
-        raise InvalidInput(f"index option cpus is {cpus:g}, but no machine of Ray's has more than {largest:g} cores")
+    if not any(node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes() if node["Alive"]):
+        raise InvalidInput("no machine of Ray's cluster has a core for a shard; add one with ray start --num-cpus=1")
 
 
 def _end(ray: Any, actors: Sequence[Any]) -> None:
