@@ -5,6 +5,7 @@ that is none of these would be silent; there must be none.
 """
 
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -72,10 +73,10 @@ def three_nodes() -> Iterator[Cluster]:
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield cluster
     finally:
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
         cluster.shutdown()
 
 
@@ -101,8 +102,8 @@ def searching(folder: Path, cluster: Cluster, n_queries: int) -> Iterator[Row]:
             times = in_turns(lambda merged=merged: merged.search(queries, K), lambda: single.search(queries, K))  # type: ignore[misc]
             row = row_of(f"exact search, {n_queries:,} queries, {size}", "the single index", 1.0, *times)
             del row["goal"]  # both have the same cores
-            same = {name: share_of_same(getattr(found, name), getattr(wanted, name)) for name in ("ids", "distances")}
-            yield {**row, "same": same, "build_seconds": seconds}
+            agree = {name: share_of_same(getattr(found, name), getattr(wanted, name)) for name in ("ids", "distances")}
+            yield {**row, "same": agree, "build_seconds": seconds}
         held: list[Any] = []
         kills: list[tuple[str, float, Callable[[], None]]] = [
             ("killed shard", SHARD_GOAL, partial(kill_shard, merged)),
@@ -172,7 +173,7 @@ def kill_node(knn: rm.ResidualKNN, cluster: Cluster, held: list[Any]) -> None:
         [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in actors_of(knn)]
     )
     node = next(node for node in cluster.worker_nodes if node.node_id in homes)
-    for other in ray.nodes():
+    for other in ray.nodes():  # type: ignore[no-untyped-call]
         if other["Alive"] and other["NodeID"] != node.node_id:
             here = NodeAffinitySchedulingStrategy(other["NodeID"], soft=False)
             cores = other["Resources"]["CPU"]
