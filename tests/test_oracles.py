@@ -13,7 +13,9 @@ from sklearn.neighbors import KNeighborsRegressor
 from residual_memory.correction import correct
 from residual_memory.indexes.base import Index, nearest
 from residual_memory.indexes.exact import ExactNumpy
-from residual_memory.indexes.faiss import Faiss
+from residual_memory.indexes.faiss import FaissEngine
+from residual_memory.indexes.registry import parse_spec
+from residual_memory.memory import Column
 from residual_memory.metrics import recall
 from tests import reference
 from tests.contracts.index_contract import column
@@ -110,6 +112,11 @@ def counted(index: Any, data: Any) -> int:
     return in_common(found, data.get_groundtruth(10))
 
 
+def faiss_of(keys: Column, spec: str) -> Index:
+    """Of fewer rows than `build_index` would train such an index with."""
+    return FaissEngine().build(parse_spec(f"faiss:{spec}"), keys, 0, 1000)
+
+
 def our_count(part: Index, data: Any) -> int:
     found = nearest([part], column(data.get_database()), data.get_queries(), 10)
     return in_common(found.rows, data.get_groundtruth(10))
@@ -123,20 +130,20 @@ def test_l_faiss_counts_what_its_own_tests_expect(synthetic: Any, factory: str, 
 @pytest.mark.parametrize(("factory", "count"), [("IVF64,SQfp16", 979), ("IVF64,SQ8", 979), ("IVF64,PQ4np", 800)])
 def test_l_a_rescored_shortlist_finds_at_least_what_faiss_alone_finds(synthetic: Any, factory: str, count: int) -> None:
     keys = column(synthetic.get_database())
-    part = Faiss(keys, 0, 1000, factory=factory, options={"nprobe": 4.0})
+    part = faiss_of(keys, f"{factory}?nprobe=4")
     assert our_count(part, synthetic) >= count - 10
 
 
 def test_l_the_flat_index_finds_all(synthetic: Any) -> None:
     keys = column(synthetic.get_database())
-    assert our_count(Faiss(keys, 0, 1000, factory="Flat", options={}), synthetic) == 2000
+    assert our_count(faiss_of(keys, "Flat"), synthetic) == 2000
     assert our_count(ExactNumpy(keys, 0, 1000), synthetic) == 2000
 
 
 @pytest.mark.parametrize("nprobe", [1, 4, 64])
 def test_m_recall_by_distance_is_the_share_of_true_neighbors_where_nothing_ties(synthetic: Any, nprobe: int) -> None:
     keys = column(synthetic.get_database())
-    part = Faiss(keys, 0, 1000, factory="IVF64,Flat", options={"nprobe": float(nprobe)})
+    part = faiss_of(keys, f"IVF64,Flat?nprobe={nprobe}")
     found = nearest([part], keys, synthetic.get_queries(), 10)
     true = nearest([ExactNumpy(keys, 0, 1000)], keys, synthetic.get_queries(), 10)
     listed = in_common(found.rows, true.rows)

@@ -20,6 +20,7 @@ from residual_memory.indexes import registry
 from residual_memory.indexes.base import Index
 from residual_memory.memory import Memory
 from residual_memory.memory.format import canonical, checked_body
+from residual_memory.memory.saved import BuiltPart
 from tests.memory.faults import Disk, watching
 from tests.problems import Problem, classification, knn_of, memory_of, same_bits
 
@@ -74,8 +75,9 @@ def answer(path: Path, index: str = SPEC) -> ndarray:
 def test_a_saved_index_answers_as_before_and_nothing_is_built(tmp_path: Path, spec: str, spy: Spy) -> None:
     with memory_of(PROBLEM, tmp_path / "memory") as memory:
         knn = knn_of(memory, index=spec)
-        before, description = knn(PROBLEM.queries), knn.description
+        before = knn(PROBLEM.queries)
         knn.save_index()
+        description = knn.description
     assert spy.built == [(0, 800)]
     for writable in (False, True):
         with Memory.open(tmp_path / "memory", writable=writable) as memory:
@@ -187,7 +189,7 @@ def test_another_version_of_the_engine_builds_its_own(home: Path, spy: Spy, monk
 
 
 CRAFTED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "format": lambda body: body.update(format=2),
+    "format": lambda body: body.update(format=1),
     "file": lambda body: body.update(file="index-0.json"),
     "generation": lambda body: body.update(generation=1),
     "rows": lambda body: body.update(n_rows=801),
@@ -195,6 +197,9 @@ CRAFTED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "first": lambda body: body.update(first=-1),
     "sample": lambda body: body.update(sample=body["sample"] ^ 1),
     "name": lambda body: body.update(name=3),
+    "description": lambda body: body.update(description=None),
+    "measured": lambda body: body.update(measured=[]),
+    "points": lambda body: body.update(measured={"n_queries": 1, "n_neighbors": 1, "points": [{"effort": 1}]}),
     "extra": lambda body: body.update(code="import os"),
     "outside": lambda body: body["pieces"]["index"].update(name="../memory/manifest.json"),
     "of the memory": lambda body: body["pieces"]["index"].update(name="manifest.json"),
@@ -223,7 +228,9 @@ def test_bytes_that_the_engine_cannot_read_are_passed_over(home: Path, spy: Spy)
     with Memory.open(home, writable=True) as memory:
         parts = memory.saved_parts(memory.snapshot)
         os.unlink(home / parts[0].file)
-        memory.save_parts(memory.snapshot, [(parts[0].name, 0, 800, lambda: {"index": b"IxFlnonsense"})])
+        memory.save_parts(
+            memory.snapshot, [BuiltPart(parts[0].name, 0, 800, "faiss", None, lambda: {"index": b"IxFlnonsense"})]
+        )
         assert memory.verify().ignored == ()
     answer(home)
     assert spy.built == [(0, 800)]

@@ -12,11 +12,12 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.errors import CorruptFile, DimensionMismatch, FewerNeighbors, InvalidInput
-from residual_memory.indexes.base import Index, IndexSpec, Reject, nearest
+from residual_memory.indexes.base import Index, IndexSpec, Reject, Usable, nearest
 from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import build_index, check_index, load_index, parse_spec, resolved, saved_spec
 from residual_memory.kernels import KRIGING, as_nugget, check_kernel, kernel_named, kriging_weights
 from residual_memory.memory import Column, Memory, Snapshot
+from residual_memory.memory.saved import BuiltPart
 from residual_memory.sparse import Recalled, whole
 from residual_memory.types import Neighbors
 from residual_memory.validation import (
@@ -107,6 +108,7 @@ class _State:
     snapshot: Snapshot
     spec: IndexSpec
     parts: tuple[Index, ...]
+    usable: Usable | None
     table: Float[ndarray, "n c"] | None
 
 
@@ -350,7 +352,9 @@ class ResidualKNN:
         """
         state = self._current()
         built = [
-            (part.saved_as, part.first, part.n_rows, part.saved) for part in state.parts if part.saved_as is not None
+            BuiltPart(part.saved_as, part.first, part.n_rows, part.description, part.measured(), part.saved)
+            for part in state.parts
+            if part.saved_as is not None
         ]
         if not built and self.memory.path is not None:
             raise InvalidInput(
@@ -363,9 +367,13 @@ class ResidualKNN:
         state = self._current()
         layout = state.snapshot.layout
         queries = as_keys(keys, layout.dim, metric=layout.metric)
-        reject = _reject(state.snapshot, exclude, len(queries))
-        tie_ranks = state.snapshot.tie_ranks
-        return state, nearest(state.parts, state.snapshot.keys, queries, k, tie_ranks=tie_ranks, reject=reject)
+        found = nearest(
+            state.parts, state.snapshot.keys, queries, k,
+            tie_ranks=state.snapshot.tie_ranks,
+            usable=state.usable,
+            reject=_reject(state.snapshot, exclude, len(queries)),
+        )  # fmt: skip
+        return state, found
 
     def _weights(self, snapshot: Snapshot, found: Neighbors) -> Float[ndarray, "q k"]:
         weights = neighbor_weights(snapshot.keys, found, self.weighting)
@@ -396,7 +404,8 @@ class ResidualKNN:
             parts.append(build_index(spec, snapshot.keys, covered, snapshot.n_rows - covered, like))
         if snapshot.n_rows and (before is None or before.snapshot.n_rows < snapshot.n_rows or not same_rows):
             table = _residual_table(snapshot, self.temperature, table)
-        return _State(snapshot, spec, tuple(parts), table)
+        usable = Usable(snapshot.alive) if len(snapshot.forgotten) else None
+        return _State(snapshot, spec, tuple(parts), usable, table)
 
     def _loaded(self, snapshot: Snapshot, covered: int) -> Iterator[Index]:
         """Saved parts of this index that follow one another from the first row that is not covered."""
@@ -405,7 +414,7 @@ class ResidualKNN:
             if part.first != covered or spec is None or (pieces := self.memory.read_part(part)) is None:
                 continue
             try:
-                index = load_index(spec, snapshot.keys, part.first, part.n_rows, pieces)
+                index = load_index(spec, snapshot.keys, part.first, part.n_rows, pieces, part.measured)
             except CorruptFile:
                 continue
             covered = part.end
@@ -419,7 +428,7 @@ class ResidualKNN:
         k = 1 if self.kernel == "inverse" else min(self.n_neighbors, len(alive) - 1)
         found = nearest(
             state.parts, snapshot.keys, snapshot.keys.take(rows), k,
-            reject=lambda positions, listed: ~snapshot.alive[listed] | (listed == rows[positions, None]),
+            usable=state.usable, reject=lambda positions, listed: listed == rows[positions, None],
         )  # fmt: skip
         present = np.where(np.isfinite(found.distances), found.distances, 0.0).max(axis=1)
         typical = float(np.median(present)) or float(present.mean())
@@ -631,16 +640,14 @@ def _residual_table(
 
 
 def _reject(snapshot: Snapshot, exclude: ArrayLike | None, n_queries: int) -> Reject | None:
-    """Which rows a query may not use: forgotten ones, and those that it excludes."""
-    alive = snapshot.alive if len(snapshot.forgotten) else None
+    """Which rows a query excludes."""
     if exclude is None:
-        return None if alive is None else lambda _, rows: ~alive[rows]
+        return None
     excluded = as_ids(np.atleast_1d(np.asarray(exclude)), n_queries, name="exclude")
     names = _names_for(snapshot, excluded)
 
     def reject(positions: Int64[ndarray, " m"], rows: Int64[ndarray, "m s"]) -> Bool[ndarray, "m s"]:
-        rejected = names.take(np.maximum(rows, 0)) == excluded[positions, None]
-        return rejected if alive is None else rejected | ~alive[rows]
+        return names.take(np.maximum(rows, 0)) == excluded[positions, None]
 
     return reject
 

@@ -103,7 +103,7 @@ def test_auto_is_exact_up_to_a_million_rows_and_quantised_beyond() -> None:
     keys = column(classification(n=200).keys)
     assert build_index(parse_spec("auto"), keys, 0, 200).description.startswith("exact")
     assert resolved(parse_spec("auto"), 512, 1_000_000) == IndexSpec("exact")
-    assert resolved(parse_spec("auto"), 512, 1_000_001) == IndexSpec("faiss", "IVF2048,PQ256x4fs")
+    assert resolved(parse_spec("auto"), 512, 1_000_001) == IndexSpec("faiss", "IVF2048,PQ256x4fs", {"recall": "0.95"})
 
 
 def test_a_spec_is_an_engine_a_build_and_options() -> None:

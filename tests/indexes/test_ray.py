@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from residual_memory.correction import Found, ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra, PartialAnswer, PathNotShared, ShardDown
-from residual_memory.indexes.base import Index, nearest
+from residual_memory.indexes.base import Index, Usable, nearest
 from residual_memory.indexes.ray import Shard, Sharded, digest_of
 from residual_memory.indexes.registry import EXACT, build_index, parse_spec, planned
 from residual_memory.memory import Column, Memory
@@ -156,20 +156,19 @@ def test_many_queries_of_several_threads_are_answered_right(tmp_path: Path) -> N
 
 def test_rows_that_do_not_count_are_passed_over_in_the_shards() -> None:
     problem = clustered()
-    keys, usable = column(problem.keys), np.arange(800) % 4 == 1
+    keys, usable = column(problem.keys), Usable(np.arange(800) % 4 == 1)
     index = build_index(parse_spec("ray:2"), keys, 0, 800)
     for _ in range(2):
         listed = index.candidates(problem.queries, 10, usable)
-        assert usable[listed.rows].all()
+        assert usable.rows[listed.rows].all()
     found, wanted = (
-        nearest([some], keys, problem.queries, 10, reject=lambda _, rows: ~usable[rows])
-        for some in (index, build_index(EXACT, keys, 0, 800))
+        nearest([some], keys, problem.queries, 10, usable=usable) for some in (index, build_index(EXACT, keys, 0, 800))
     )
     assert same_bits(found.rows, wanted.rows)
     every = index.candidates(problem.queries, 300, usable)
     assert every.bounds is not None
     assert np.isinf(every.bounds).all(), "all 200 rows that count are listed"
-    assert (np.sort(every.rows, axis=1)[:, -200:] == np.flatnonzero(usable)).all()
+    assert (np.sort(every.rows, axis=1)[:, -200:] == np.flatnonzero(usable.rows)).all()
 
 
 # ---------------------------------------------------------------------- who dies

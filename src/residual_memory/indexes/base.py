@@ -8,20 +8,26 @@ neither on the engine's arithmetic, nor on blocks, parts or the order of the row
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput, MissingExtra
-from residual_memory.indexes.distances import KeySource, pair_distances, precision_of
+from residual_memory.indexes.distances import KeySource, pair_distances, precision_of, scoring_threads
 from residual_memory.types import Neighbors
 
 WIDEST_BLOCK = 1 << 22  # candidates (queries x shortlist) that are held at a time
 
+PAIRS_A_THREAD = 1 << 14  # of queries and candidates that one thread scores at a time
+MOST_FORGOTTEN = 16  # a shortlist of which more than one in so many is forgotten is made again
+
 Reject = Callable[[Int64[ndarray, " m"], Int64[ndarray, "m s"]], Bool[ndarray, "m s"]]
 
+Measured = Mapping[str, Any]  # what an engine measured of an index, as JSON values
 Pieces = Mapping[str, bytes | memoryview]  # what an engine built, as named bytes
 
 
@@ -69,13 +75,15 @@ class Index(ABC):
 
     @abstractmethod
     def candidates(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: "Usable | None" = None
     ) -> Candidates:
         """At least `n_neighbors` likely rows for each query (all rows where there are fewer).
 
+        The shortlist is as wide with `usable` as without.
+
         Parameters
         ----------
-        usable : of the index's rows, those that count; an engine that cannot pass over the others may list them too.
+        usable : rows that count; an engine that cannot pass over the others may list them too.
         """
 
     @property
@@ -86,6 +94,13 @@ class Index(ABC):
     @abstractmethod
     def saved(self) -> Pieces:
         """What was built, for `Engine.load`; empty where there is nothing worth keeping."""
+
+    @abstractmethod
+    def measured(self) -> Measured | None:
+        """What was measured of it, its recall above all, to be kept with what is saved; None if nothing ever is.
+
+        It is measured now where it was not yet.
+        """
 
     @property
     @abstractmethod
@@ -162,14 +177,37 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
-        """The index that `Index.saved` gave under the same `saved_name`.
+    def load(
+        self,
+        spec: IndexSpec,
+        keys: KeySource,
+        first: int,
+        n_rows: int,
+        stored: Pieces,
+        measured: Measured | None = None,
+    ) -> Index:
+        """The index that `Index.saved` and `Index.measured` gave under the same `saved_name`.
 
         Raises
         ------
         InvalidInput : if an option does not fit.
         CorruptFile : if the engine cannot read it.
         """
+
+
+class Usable:
+    """Which rows count: all but the forgotten ones."""
+
+    def __init__(self, rows: Bool[ndarray, " n"]) -> None:
+        self.rows = rows
+        self._packed: dict[tuple[int, int], UInt8[ndarray, " bytes"]] = {}
+
+    def packed(self, part: Index) -> UInt8[ndarray, " bytes"]:
+        """One bit for each row of a part, the lowest first; made once."""
+        place = part.first, part.n_rows
+        if place not in self._packed:
+            self._packed[place] = np.packbits(self.rows[part.first : part.first + part.n_rows], bitorder="little")
+        return self._packed[place]
 
 
 def nearest(
@@ -179,6 +217,7 @@ def nearest(
     n_neighbors: int,
     *,
     tie_ranks: Int64[ndarray, " n"] | None = None,
+    usable: Usable | None = None,
     reject: Reject | None = None,
 ) -> Neighbors:
     """The nearest rows over all parts, in Euclidean distance, ties by rank.
@@ -188,6 +227,7 @@ def nearest(
     parts : indexes over disjoint ranges of rows that cover all of `keys`.
     keys : what the shortlists are re-scored with.
     tie_ranks : order of rows at the same distance; None is row order.
+    usable : rows that count; None: all of them.
     reject : called with query positions and their candidate rows; True where a row may not be used.
 
     Returns
@@ -197,21 +237,52 @@ def nearest(
     found = Neighbors(np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64))
     queries = queries.astype(precision_of(keys), copy=False)
     n_rows, complete = len(keys), True
+
+    def rank(block: Int64[ndarray, " m"], rows: Int64[ndarray, "m s"]) -> None:
+        ranked = _rescored(keys, queries[block], block, rows, n_neighbors, tie_ranks, usable, reject)
+        k = ranked.rows.shape[1]
+        found.distances[block, :k], found.rows[block, :k] = ranked.distances, ranked.rows
+
     pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
     while len(pending) and n_rows:
         wanted = min(wanted, n_rows)
         unsettled = []
         for block in np.array_split(pending, -(-len(pending) * wanted * len(parts) // WIDEST_BLOCK)):
-            some = queries[block]
-            listed = _merged([part.candidates(some, wanted) for part in parts])
+            listed = _merged([_listed(part, queries[block], wanted, usable) for part in parts])
             complete = complete and listed.complete
-            ranked = _rescored(keys, some, block, listed.rows, tie_ranks, reject)
-            k = min(n_neighbors, ranked.rows.shape[1])
-            found.distances[block, :k] = ranked.distances[:, :k]
-            found.rows[block, :k] = ranked.rows[:, :k]
+            in_threads(rank, block, listed.rows)
             unsettled.append(block[~_settled(listed, found.distances[block], wanted >= n_rows)])
         pending, wanted = np.concatenate(unsettled), wanted * 4
     return replace(found, complete=complete)
+
+
+def in_threads(
+    work: Callable[[Int64[ndarray, " m"], Int64[ndarray, "m s"]], None],
+    positions: Int64[ndarray, " q"],
+    rows: Int64[ndarray, "q s"],
+) -> None:
+    """Run work on the queries of a block, in as many threads as there are, a few queries at a time."""
+    threads = scoring_threads()
+    pieces = min(len(positions), -(-rows.size // PAIRS_A_THREAD)) if threads > 1 else 1
+    if pieces < 2:
+        work(positions, rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, np.array_split(positions, pieces), np.array_split(rows, pieces)))
+
+
+def _listed(part: Index, queries: Float[ndarray, "m d"], wanted: int, usable: Usable | None) -> Candidates:
+    """The shortlists of one part. Where forgotten rows take much of one, it is made again without them."""
+    listed = part.candidates(queries, wanted)
+    if usable is None or listed.bounds is not None:
+        return listed
+    forgotten = (~usable.rows[listed.rows] & (listed.rows >= 0)).sum(axis=1)
+    crowded = np.flatnonzero(forgotten * MOST_FORGOTTEN > listed.rows.shape[1])
+    if not len(crowded):
+        return listed
+    again = part.candidates(queries[crowded], wanted, usable)
+    listed.rows[crowded] = again.rows
+    return replace(listed, complete=listed.complete and again.complete)
 
 
 def _rescored(
@@ -219,21 +290,44 @@ def _rescored(
     queries: Float[ndarray, "m d"],
     positions: Int64[ndarray, " m"],
     rows: Int64[ndarray, "m s"],
+    n_neighbors: int,
     tie_ranks: Int64[ndarray, " n"] | None,
+    usable: Usable | None,
     reject: Reject | None,
 ) -> Neighbors:
     distances = pair_distances(keys, queries, rows)
+    if usable is not None:
+        distances[~usable.rows[rows]] = np.inf
     if reject is not None:
         distances[reject(positions, rows) & (rows >= 0)] = np.inf
+    k = min(n_neighbors, rows.shape[1])
+    kept = Neighbors(np.empty((len(rows), k)), np.empty((len(rows), k), np.int64))
+    whole = np.ones(len(rows), bool)  # queries whose whole shortlist has to be put in order
+    if 2 * k <= rows.shape[1]:
+        places = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        near = Neighbors(np.take_along_axis(distances, places, 1), np.take_along_axis(rows, places, 1))
+        last = near.distances.max(axis=1, keepdims=True)
+        whole = (distances == last).sum(axis=1) > (near.distances == last).sum(axis=1)  # a tie goes by rank
+        _order(near, tie_ranks)
+        kept.distances[:], kept.rows[:] = near.distances, near.rows
+    if whole.any():
+        near = Neighbors(distances[whole], rows[whole])
+        _order(near, tie_ranks)
+        kept.distances[whole], kept.rows[whole] = near.distances[:, :k], near.rows[:, :k]
+    return kept
+
+
+def _order(found: Neighbors, tie_ranks: Int64[ndarray, " n"] | None) -> None:
+    """Sort each query's neighbours in place, by distance and rank; −1 for those that do not count."""
+    distances, rows = found.distances, found.rows
     order = np.argsort(distances, axis=1)
-    distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+    distances[:], rows[:] = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
     rows[~np.isfinite(distances)] = -1
     tied = np.flatnonzero(((distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1))
     if len(tied):
         ranks = rows[tied] if tie_ranks is None else tie_ranks[rows[tied]]
         order = np.lexsort((ranks, distances[tied]), axis=1)
         rows[tied] = np.take_along_axis(rows[tied], order, 1)
-    return Neighbors(distances, rows)
 
 
 def _settled(listed: Candidates, distances: Float[ndarray, "m k"], everything: bool) -> Bool[ndarray, " m"]:

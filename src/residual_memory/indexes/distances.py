@@ -175,6 +175,15 @@ def _pieces(shape: tuple[int, ...], keys: KeySource) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
+def scoring_threads() -> int:
+    """Threads that score pairs at a time: as many as faiss uses; one without it, where numpy holds Python's lock."""
+    if not _has_faiss():
+        return 1
+    import faiss
+
+    return faiss.omp_get_max_threads()
+
+
 @cache
 def _has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None

@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, require
+from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Measured, Pieces, Usable, require
 from residual_memory.indexes.distances import KeySource, squared_error
 
 BACKENDS = ("faiss", "torch", "numpy")  # the first that is installed, where none is named
@@ -43,7 +43,15 @@ class ExactEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> None:
         return None
 
-    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+    def load(
+        self,
+        spec: IndexSpec,
+        keys: KeySource,
+        first: int,
+        n_rows: int,
+        stored: Pieces,
+        measured: Measured | None = None,
+    ) -> Index:
         raise InvalidInput("of exact search nothing is saved")
 
 
@@ -110,9 +118,7 @@ class ExactFaiss(Index):
         for block in self._centred.blocks():
             self._flat.add(block)
 
-    def candidates(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
-    ) -> Candidates:
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
         centred = self._centred.queries(queries)
         squared, rows = self._flat.search(centred, min(n_neighbors, self.n_rows))
         return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
@@ -123,6 +129,9 @@ class ExactFaiss(Index):
 
     def saved(self) -> Pieces:
         return {}
+
+    def measured(self) -> None:
+        return None
 
     @property
     def description(self) -> str:
@@ -141,9 +150,7 @@ class ExactTorch(Index):
         self._blocks = [torch.from_numpy(block).to(self._device) for block in self._centred.blocks()]
         self._norms = [block.square().sum(1) for block in self._blocks]
 
-    def candidates(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
-    ) -> Candidates:
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
         import torch
 
         centred = self._centred.queries(queries)
@@ -182,6 +189,9 @@ class ExactTorch(Index):
     def saved(self) -> Pieces:
         return {}
 
+    def measured(self) -> None:
+        return None
+
     @property
     def description(self) -> str:
         return f"exact (torch on {self._device})"
@@ -196,9 +206,7 @@ class ExactNumpy(Index):
         for _ in self._centred.blocks():
             pass  # the largest norm is learned here
 
-    def candidates(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
-    ) -> Candidates:
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
         centred = self._centred.queries(queries)
         k = min(n_neighbors, self.n_rows)
         squared, rows = np.full((len(centred), k), np.inf, np.float32), np.full((len(centred), k), -1, np.int64)
@@ -219,6 +227,9 @@ class ExactNumpy(Index):
 
     def saved(self) -> Pieces:
         return {}
+
+    def measured(self) -> None:
+        return None
 
     @property
     def description(self) -> str:

@@ -11,12 +11,12 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 
 from residual_memory.cluster import connected
@@ -29,12 +29,24 @@ from residual_memory.errors import (
     ShardDown,
     StorageFailure,
 )
-from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, nearest, numbers_of, require
+from residual_memory.indexes.base import (
+    Candidates,
+    Engine,
+    Index,
+    IndexSpec,
+    Measured,
+    Pieces,
+    Usable,
+    nearest,
+    numbers_of,
+    require,
+)
 from residual_memory.indexes.distances import KeySource, precision_of
 from residual_memory.indexes.registry import (
     EXACT,
     EXACT_TAIL,
     build_index,
+    check_index,
     engine_named,
     parse_spec,
     resolved,
@@ -56,8 +68,7 @@ class RayEngine(Engine):
         require("ray", "ray")
         _, inner = _read(spec)
         _how(spec)
-        inner = resolved(inner, width, 0)
-        engine_named(inner.engine).check(inner, width)
+        check_index(_written(inner), width)
 
     def required_rows(self, spec: IndexSpec) -> int:
         return ROWS_PER_SHARD * _read(spec)[0]
@@ -81,7 +92,15 @@ class RayEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> None:
         return None
 
-    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+    def load(
+        self,
+        spec: IndexSpec,
+        keys: KeySource,
+        first: int,
+        n_rows: int,
+        stored: Pieces,
+        measured: Measured | None = None,
+    ) -> Index:
         raise InvalidInput("of a search by Ray nothing is saved")
 
 
@@ -131,12 +150,17 @@ class Shard:
         return index.description, index.candidates(self._keys.take(np.zeros(1, np.int64)), 1).bounds is not None
 
     def nearest(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
+        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: UInt8[ndarray, " bytes"] | None = None
     ) -> tuple[Float[ndarray, "q s"], Int64[ndarray, "q s"]]:
-        """Distances and rows, as `indexes.base.nearest` gives them; rows count from the shard's first."""
-        index = self._load()
-        reject = None if usable is None else lambda _, rows: ~usable[rows]
-        found = nearest([index], self._keys, queries, min(n_neighbors, len(self._keys)), reject=reject)
+        """Distances and rows, as `indexes.base.nearest` gives them; rows count from the shard's first.
+
+        Parameters
+        ----------
+        usable : rows that count, one bit each; None: all of them.
+        """
+        index, n_rows = self._load(), len(self._keys)
+        alive = None if usable is None else Usable(np.unpackbits(usable, count=n_rows).astype(bool))
+        found = nearest([index], self._keys, queries, min(n_neighbors, n_rows), usable=alive)
         return found.distances, found.rows
 
     def _load(self) -> Index:
@@ -180,12 +204,12 @@ class Sharded(Index):
         self._ray = connected("index engine 'ray'")
         _check_cluster(self._ray)
         self._ranges = _ranges(n_rows, n_shards)
-        self._name = f"ray:{n_shards}" + ("" if spec == EXACT else f":{_written(spec)}")
+        self._name = f"ray:{n_shards}" + ("" if spec == EXACT else f":{_written(replace(spec, options={}))}")
         precision = np.finfo(precision_of(keys))
         self._slack = 4 * float(np.sqrt(keys.width) * precision.eps)  # machines may round sums of squares differently
         self._changing = Lock()
         self._n_partial = 0
-        self._masks: tuple[Bool[ndarray, " n"] | None, Sequence[Any]] = (None, [None] * len(self._ranges))
+        self._masks: tuple[Usable | None, Sequence[Any]] = (None, [None] * len(self._ranges))
         places = [(first + rows.start, len(rows)) for rows in self._ranges]
         self._given = [(_sent(self._ray, keys.opener(*place)), digest_of(keys, *place), spec) for place in places]
         self._actors = [self._started(number) for number in range(len(self._ranges))]
@@ -195,9 +219,7 @@ class Sharded(Index):
         self._inner = ", ".join(dict.fromkeys(description for description, _ in told))
         self._promises = all(promises for _, promises in told)
 
-    def candidates(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
-    ) -> Candidates:
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
         k = min(n_neighbors, self.n_rows)
         if not len(queries):
             return Candidates(np.zeros((0, k), np.int64), np.zeros(0) if self._promises else None)
@@ -215,6 +237,9 @@ class Sharded(Index):
 
     def saved(self) -> Pieces:
         return {}
+
+    def measured(self) -> None:
+        return None
 
     @property
     def description(self) -> str:
@@ -294,12 +319,15 @@ class Sharded(Index):
             f"ask again in some seconds{hint}"
         )
 
-    def _mask(self, usable: Bool[ndarray, " n"] | None) -> Sequence[Any]:
-        """Which rows of each shard count; sent once for each array."""
+    def _mask(self, usable: Usable | None) -> Sequence[Any]:
+        """Which rows of each shard count, one bit each; sent once for each version of the memory."""
         with self._changing:
             if self._masks[0] is not usable:
-                parts = [None if usable is None else usable[rows.start : rows.stop] for rows in self._ranges]
-                self._masks = usable, [None if part is None else self._ray.put(part) for part in parts]
+                sent: list[Any] = [None] * len(self._ranges)
+                if usable is not None:
+                    mine = usable.rows[self.first : self.first + self.n_rows]
+                    sent = [self._ray.put(np.packbits(mine[rows.start : rows.stop])) for rows in self._ranges]
+                self._masks = usable, sent
             return self._masks[1]
 
     def _merged(self, answers: Sequence[Any], k: int) -> Candidates:
@@ -313,7 +341,9 @@ class Sharded(Index):
         )
         ends = [answer[0][:, -1] for answer, rows in there if answer[0].shape[1] < len(rows)]
         bounds = np.min([np.full(len(distances), np.inf), *ends], axis=0)
-        if k < distances.shape[1]:
+        if distances.shape[1] < k:  # of those that answered all rows are listed
+            listed = np.pad(listed, ((0, 0), (0, k - distances.shape[1])), constant_values=-1)
+        elif distances.shape[1] > k:
             order = np.argpartition(distances, k, axis=1)
             bounds = np.minimum(bounds, np.take_along_axis(distances, order[:, k : k + 1], 1)[:, 0])
             listed = np.take_along_axis(listed, order[:, :k], 1)
@@ -349,7 +379,8 @@ def _how(spec: IndexSpec) -> How:
 
 
 def _written(spec: IndexSpec) -> str:
-    return spec.engine + (f":{spec.build}" if spec.build else "")
+    options = "&".join(f"{name}={value}" for name, value in spec.options.items())
+    return spec.engine + (f":{spec.build}" if spec.build else "") + (f"?{options}" if options else "")
 
 
 def _ranges(n_rows: int, n_shards: int) -> list[range]:

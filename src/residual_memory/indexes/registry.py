@@ -9,11 +9,14 @@ import importlib.util
 from dataclasses import replace
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Engine, Index, IndexSpec, Pieces
+from residual_memory.indexes.base import Engine, Index, IndexSpec, Measured, Pieces, numbers_of
+from residual_memory.indexes.calibration import as_recall
 from residual_memory.indexes.distances import KeySource
 
 AUTO = "auto"
 EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
+AUTO_RECALL = "0.95"
+GRAPH_FROM = 1 << 14  # cells; from here on "auto" finds the nearest ones in a graph
 EXACT_TAIL = 1 << 14  # rows that were appended and are searched exactly, before they are encoded like the others
 # Each engine's class; its module is imported when the engine is named.
 ENGINES: dict[str, str] = {
@@ -62,8 +65,9 @@ def check_index(text: str, width: int) -> None:
     """
     spec = parse_spec(text)
     if spec.engine == AUTO:
-        if spec.build or spec.options:
-            raise InvalidInput(f"index is {text!r}, but 'auto' decides by itself; name an engine to give it options")
+        if spec.build or set(spec.options) - {"recall"}:
+            raise InvalidInput(f"index is {text!r}, but 'auto' takes a recall alone; name an engine")
+        as_recall(numbers_of(spec.options).get("recall", 1.0))
     else:
         engine_named(spec.engine).check(spec, width)
 
@@ -89,14 +93,15 @@ def resolved(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:
         return spec
     if n_rows <= EXACT_UP_TO or importlib.util.find_spec("faiss") is None:
         return EXACT
-    return replace(spec, engine="faiss", build=auto_factory(width, n_rows))
+    return IndexSpec("faiss", auto_factory(width, n_rows), {"recall": AUTO_RECALL, **spec.options})
 
 
 def auto_factory(width: int, n_rows: int) -> str:
     """What "auto" asks of faiss beyond `EXACT_UP_TO` rows: about 4 sqrt(n) cells, half a byte for every two numbers."""
     cells = 1 << max(10, (4 * int(n_rows**0.5)).bit_length() - 1)
     codes = next((m for m in range(width // 2, 1, -1) if width % m == 0), 1)
-    return f"IVF{cells},PQ{codes}x4fs"
+    graph = "_HNSW32" if cells >= GRAPH_FROM else ""
+    return f"IVF{cells}{graph},PQ{codes}x4fs"
 
 
 def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
@@ -130,12 +135,14 @@ def saved_spec(spec: IndexSpec, name: str, width: int, n_rows: int) -> IndexSpec
     return spec if engine_named(spec.engine).saved_name(spec) == name else None
 
 
-def load_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
-    """The index over some rows, from what `Index.saved` gave; the spec is that of `saved_spec`.
+def load_index(
+    spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces, measured: Measured | None
+) -> Index:
+    """The index over some rows, from what was saved of it; the spec is that of `saved_spec`.
 
     Raises
     ------
     InvalidInput : if an option does not fit.
     CorruptFile : if the engine cannot read it.
     """
-    return engine_named(spec.engine).load(spec, keys, first, n_rows, stored)
+    return engine_named(spec.engine).load(spec, keys, first, n_rows, stored, measured)

@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, numbers_of, require
+from residual_memory.indexes.base import (
+    Candidates,
+    Engine,
+    Index,
+    IndexSpec,
+    Measured,
+    Pieces,
+    Usable,
+    numbers_of,
+    require,
+)
 from residual_memory.indexes.distances import KeySource
 
 ROWS_PER_LEAF, LEAST_ROWS = 16, 256
@@ -57,7 +67,15 @@ class ScannEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> str:
         return _saved_name(spec.build)
 
-    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces) -> Index:
+    def load(
+        self,
+        spec: IndexSpec,
+        keys: KeySource,
+        first: int,
+        n_rows: int,
+        stored: Pieces,
+        measured: Measured | None = None,
+    ) -> Index:
         return Scann(keys, first, n_rows, build=spec.build, options=numbers_of(spec.options), stored=stored)
 
 
@@ -107,9 +125,7 @@ class Scann(Index):
         else:
             self._centre, self._searcher = _loaded(stored, keys.width, n_rows)
 
-    def candidates(
-        self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Bool[ndarray, " n"] | None = None
-    ) -> Candidates:
+    def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
         if queries.shape[1] != len(self._centre):
             raise InvalidInput(f"queries have dimension {queries.shape[1]}, but the index is of {len(self._centre)}")
         k = min(int(n_neighbors * self._k_factor), self.n_rows)
@@ -130,6 +146,9 @@ class Scann(Index):
             self._searcher.serialize(folder, relative_path=True)
             pieces = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
         return {**pieces, _CENTRE: self._centre.tobytes()}
+
+    def measured(self) -> None:
+        return None
 
     @property
     def description(self) -> str:

@@ -51,6 +51,7 @@ from residual_memory.memory.format import (
 from residual_memory.memory.incoming import Incoming, kind_of
 from residual_memory.memory.reading import forgotten_table, read_snapshot, rows_of
 from residual_memory.memory.saved import (
+    BuiltPart,
     Pieces,
     SavedPart,
     is_whole_part,
@@ -502,16 +503,13 @@ class Memory:
         """What an engine built, if it is to the byte what was saved."""
         return read_part(self._directory, part) if self._directory else None
 
-    def save_parts(
-        self, snapshot: Snapshot, built: "Sequence[tuple[str, int, int, Callable[[], Pieces]]]"
-    ) -> tuple[SavedPart, ...]:
+    def save_parts(self, snapshot: Snapshot, built: Iterable[BuiltPart]) -> tuple[SavedPart, ...]:
         """Keep the parts of an index beside the rows, in the place of the index that was saved before.
 
         Parameters
         ----------
         snapshot : whose rows they are of.
-        built : what each part is, its first row, its number of rows, and what gives the engine's bytes; it is not asked
-            for them where they lie there already.
+        built : its parts; one that lies there already is not written again.
 
         Raises
         ------
@@ -529,10 +527,10 @@ class Memory:
             kept: list[SavedPart] = []
             fresh: list[SavedPart] = []
             try:
-                for name, first, n_rows, pieces in built:
-                    part = there.get((name, first, n_rows))
+                for new in built:
+                    part = there.get((new.name, new.first, new.n_rows))
                     if part is None or not is_whole_part(self._directory, part):
-                        part = write_part(self._directory, snapshot, name, first, n_rows, pieces())
+                        part = write_part(self._directory, snapshot, new)
                         fresh.append(part)
                     kept.append(part)
             except BaseException:

@@ -10,7 +10,7 @@ not there. Checksums tell damage, not malice: an engine reads its bytes in nativ
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from residual_memory.memory.storage import Directory, FileRecord
 from residual_memory.memory.tensors import is_whole
 
 PREFIX = "index-"
-SAVED_FORMAT = 1
+SAVED_FORMAT = 2
 MAX_DESCRIPTION = 1 << 20
 SAMPLED_ROWS = 256
 
@@ -33,6 +33,24 @@ _STEM = r"index-(\d{8,})-\d{12,}-\d{12,}-[0-9a-f]{8}"
 _DESCRIPTION = re.compile(_STEM + r"\.json")
 
 Pieces = Mapping[str, bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class BuiltPart:
+    """An index over some rows that an engine built, on its way to the disk.
+
+    Attributes
+    ----------
+    name, first, n_rows, description, measured : as in `SavedPart`.
+    pieces : gives the engine's bytes; not called where they lie there already.
+    """
+
+    name: str
+    first: int
+    n_rows: int
+    description: str
+    measured: Mapping[str, Any] | None
+    pieces: Callable[[], Pieces]
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,8 @@ class SavedPart:
     name : what was built, and by which version of which engine.
     generation : in which the numbers of the rows hold.
     sample : checksum of some of the keys.
+    description : engine and options when it was saved, for people.
+    measured : what the engine measured of it, as JSON values.
     pieces : the engine's names of its files.
     """
 
@@ -54,6 +74,8 @@ class SavedPart:
     first: int
     n_rows: int
     sample: int
+    description: str
+    measured: Mapping[str, Any] | None
     pieces: Mapping[str, FileRecord]
 
     @property
@@ -79,29 +101,37 @@ def read_part(directory: Directory, part: SavedPart) -> Pieces | None:
         return None
 
 
-def write_part(
-    directory: Directory, snapshot: Snapshot, name: str, first: int, n_rows: int, pieces: Pieces
-) -> SavedPart:
+def write_part(directory: Directory, snapshot: Snapshot, built: BuiltPart) -> SavedPart:
     """Keep what an engine built, durably; on any failure nothing of it stays.
 
     Raises
     ------
     StorageFailure : if the disk refuses.
     """
-    stem = f"{PREFIX}{snapshot.generation:08d}-{first:012d}-{n_rows:012d}-{secrets.token_hex(4)}"
+    pieces = built.pieces()
+    stem = f"{PREFIX}{snapshot.generation:08d}-{built.first:012d}-{built.n_rows:012d}-{secrets.token_hex(4)}"
     files = {piece: f"{stem}-{place}.bin" for place, piece in enumerate(pieces)}
-    description = f"{stem}.json"
+    file = f"{stem}.json"
     try:
         records = {
-            piece: directory.write(file, [pieces[piece]], memoryview(pieces[piece]).nbytes)
-            for piece, file in files.items()
+            piece: directory.write(name, [pieces[piece]], memoryview(pieces[piece]).nbytes)
+            for piece, name in files.items()
         }
-        sample = _sample(snapshot, first, n_rows)
-        part = SavedPart(description, name, snapshot.generation, first, n_rows, sample, records)
+        part = SavedPart(
+            file=file,
+            name=built.name,
+            generation=snapshot.generation,
+            first=built.first,
+            n_rows=built.n_rows,
+            sample=_sample(snapshot, built.first, built.n_rows),
+            description=built.description,
+            measured=built.measured,
+            pieces=records,
+        )
         content = canonical({"format": SAVED_FORMAT, **asdict(part)})
-        directory.write(description, [content], len(content))
+        directory.write(file, [content], len(content))
     except BaseException:
-        _remove(directory, [description, *files.values()])
+        _remove(directory, [file, *files.values()])
         raise
     return part
 
@@ -177,8 +207,11 @@ def _described(directory: Directory, name: str) -> SavedPart | None:
 
 def _check(part: SavedPart) -> None:
     numbers: list[Any] = [part.generation, part.first, part.n_rows, part.sample]
-    if not all(map(is_whole, numbers)) or not part.n_rows or not isinstance(part.name, str):
+    texts = [part.name, part.description]
+    if not all(map(is_whole, numbers)) or not part.n_rows or not all(isinstance(text, str) for text in texts):
         raise ValueError("a field is not of the expected form")
+    if not (part.measured is None or isinstance(part.measured, dict)):
+        raise ValueError("what was measured is no object")
 
 
 def _fits(part: SavedPart, snapshot: Snapshot) -> bool:

@@ -1,0 +1,195 @@
+"""How well an approximate index finds the neighbours, measured on the rows themselves, and how hard it has to look.
+
+Rows of the index are asked for their own neighbours, themselves left out. One search for each effort tells the recall
+of every shorter list too, so that options of queries can be chosen, and chosen again, without another build.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64
+from numpy import ndarray
+
+from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.indexes.base import Measured
+from residual_memory.indexes.distances import KeySource, pair_distances
+
+QUERIES, NEIGHBORS = 500, 50
+LISTED = NEIGHBORS + 8 + NEIGHBORS // 8  # as `nearest` asks for that many neighbours
+FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+ENOUGH, NO_GAIN = 0.999, 0.0005  # recall at which no harder search is tried, and a gain that is none
+MARGIN = 0.25  # of the misses that are allowed, left for queries that are not the sample
+KEYS_PER_BLOCK = 1 << 16
+SAME = 1e-5  # relative difference of two distances that are the same but for rounding
+
+_Result = TypeVar("_Result")
+Lister = Callable[[Float[ndarray, "q d"], int], Int64[ndarray, "q s"]]  # rows in the order of the index's own distances
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way of querying, and what it gave.
+
+    Attributes
+    ----------
+    effort : cells, or vertices of a graph, that a query looks at; 0 for an index that always looks at everything.
+    k_factor : how many times k the shortlist is long.
+    recall : share of the true neighbours that were in the shortlist.
+    seconds : a query, the scoring of its shortlist included.
+    """
+
+    effort: float
+    k_factor: float
+    recall: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of an index."""
+
+    n_queries: int
+    n_neighbors: int
+    points: tuple[Point, ...]
+
+    def cheapest(self, recall: float, named: Mapping[str, float]) -> Point:
+        """The fastest way to a recall, with a margin; the one that comes nearest to it where none gets there.
+
+        Parameters
+        ----------
+        named : `effort` and `k_factor` where they may not be chosen.
+        """
+        allowed = [p for p in self.points if all(getattr(p, name) == value for name, value in named.items())]
+        aim = recall + MARGIN * (1 - recall)
+        reaching = [point for point in allowed if point.recall >= aim]
+        return min(reaching, key=lambda p: p.seconds) if reaching else max(allowed, key=lambda p: p.recall)
+
+    def at(self, effort: float, k_factor: float) -> Point | None:
+        """What was measured of one way of querying."""
+        return next((p for p in self.points if (p.effort, p.k_factor) == (effort, k_factor)), None)
+
+    @staticmethod
+    def read(body: Measured) -> "Calibration":
+        """Of what was saved.
+
+        Raises
+        ------
+        CorruptFile : if it is none.
+        """
+        try:
+            points = [Point(**{name: float(entry[name]) for name in _NUMBERS}) for entry in body["points"]]
+            return Calibration(int(body["n_queries"]), int(body["n_neighbors"]), tuple(points))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(f"what was measured of a saved index cannot be read: {error!r}") from error
+
+
+_NUMBERS = tuple(field.name for field in fields(Point))
+
+
+def as_recall(recall: float) -> float:
+    """A recall that can be asked for.
+
+    Raises
+    ------
+    InvalidInput : if it is none.
+    """
+    if not 0 < recall <= 1:
+        raise InvalidInput(f"index option recall is {recall:g}, expected a number above 0 and at most 1")
+    return recall
+
+
+def calibrated(
+    keys: KeySource,
+    first: int,
+    n_rows: int,
+    lister: Callable[[float], Lister],
+    efforts: Sequence[float],
+    factors: Sequence[float],
+    without: Int64[ndarray, " t"],
+) -> Calibration:
+    """Measure an index over rows `first` … `first + n_rows − 1`.
+
+    Parameters
+    ----------
+    lister : gives, for an effort, the search of the index.
+    efforts : ascending; the last ones are left out where they cannot find more.
+    factors : lengths of shortlists, in units of what `nearest` asks for; ascending.
+    without : rows that the index was trained on, which it finds too easily: they are asked only where there are few
+        others.
+    """
+    rows = _asked(first, n_rows, without)
+    queries = np.ascontiguousarray(keys.take(rows), np.float32)
+    k = min(NEIGHBORS, n_rows - 1)
+    reach = _true_reach(keys, first, n_rows, queries, rows, k)
+    lengths = [min(int(LISTED * factor), n_rows) for factor in factors]
+    points: list[Point] = []
+    best = 0.0
+    for effort in efforts:
+        search = lister(effort)
+        short, _ = _timed(partial(search, queries, lengths[0]))
+        whole, listed = _timed(partial(search, queries, lengths[-1]))
+        scoring, near = _timed(partial(_near, keys, queries, rows, listed, reach))
+        each = (max(whole - short, 0.0) + scoring) / max(lengths[-1] - lengths[0], 1)
+        hits = np.minimum(near.cumsum(axis=1), k)
+        for factor, length in zip(factors, lengths, strict=True):
+            recall = float(hits[:, length - 1].mean() / k) if k else 1.0
+            points.append(Point(effort, factor, recall, (short + each * length) / len(queries)))
+        if points[-1].recall >= ENOUGH or 0 < best >= points[-1].recall - NO_GAIN:
+            break
+        best = points[-1].recall
+    return Calibration(len(queries), k, tuple(points))
+
+
+def _asked(first: int, n_rows: int, without: Int64[ndarray, " t"]) -> Int64[ndarray, " q"]:
+    random = np.random.default_rng(0)
+    drawn = first + random.permutation(np.unique(random.integers(0, n_rows, 4 * QUERIES)))
+    others = drawn[~np.isin(drawn, without)]
+    return (others if len(others) >= QUERIES // 2 else drawn)[:QUERIES]
+
+
+def _timed(work: Callable[[], _Result]) -> tuple[float, _Result]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def _near(
+    keys: KeySource,
+    queries: Float[ndarray, "q d"],
+    own: Int64[ndarray, " q"],
+    listed: Int64[ndarray, "q s"],
+    reach: Float[ndarray, " q"],
+) -> Bool[ndarray, "q s"]:
+    """Which listed rows are among the true neighbours: by distance, so that ties do no harm."""
+    return (pair_distances(keys, queries, listed) <= reach[:, None] * (1 + SAME)) & (listed != own[:, None])
+
+
+def _true_reach(
+    keys: KeySource, first: int, n_rows: int, queries: Float[ndarray, "q d"], own: Int64[ndarray, " q"], k: int
+) -> Float[ndarray, " q"]:
+    """Distance of each query to its k-th true neighbour, by faiss over all keys."""
+    import faiss
+
+    heap = faiss.ResultHeap(len(queries), k + 1)  # itself is among them
+    start = first
+    for block in _within(keys.blocks(KEYS_PER_BLOCK, first), n_rows):
+        squared, rows = faiss.knn(queries, np.ascontiguousarray(block, np.float32), min(k + 1, len(block)))
+        heap.add_result(squared, rows + start)
+        start += len(block)
+    heap.finalize()
+    others = pair_distances(keys, queries, heap.I)
+    others[heap.I == own[:, None]] = -np.inf
+    return np.sort(others, axis=1)[:, -1] if k else np.zeros(len(queries))
+
+
+def _within(blocks: Iterator[ndarray], n_rows: int) -> Iterator[ndarray]:
+    left = n_rows
+    for block in blocks:
+        if left <= 0:
+            return
+        yield block[:left]
+        left -= len(block)
