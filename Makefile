@@ -27,7 +27,7 @@ demo: $(READY) data
 
 # One thread a worker: libraries that wait for each other's threads in a loop make small problems many times slower.
 test: $(READY) data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -39,6 +39,7 @@ bench: $(READY) data
 	$(BIN)/python -m benchmarks language
 	$(BIN)/python -m benchmarks tables
 	$(BIN)/python -m benchmarks durability
+	$(BIN)/python -m benchmarks ray
 
 torture: $(READY)
 	$(BIN)/python -m benchmarks torture

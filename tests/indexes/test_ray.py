@@ -26,7 +26,7 @@ from residual_memory.memory import Column, Memory
 from tests.contracts.index_contract import IndexContract, clustered, column
 from tests.problems import classification, empty_memory, knn_of, memory_of, same_bits
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray")]
+pytestmark = pytest.mark.usefixtures("ray")
 LONGEST = 30.0  # seconds in which a shard is there again on a busy machine
 
 

@@ -32,7 +32,6 @@ from residual_memory.models.parts import folder_of, place_of, whole_parts
 from tests.models.nets import Examples, Mlp, mlp_data
 from tests.models.test_parts import DATA, MODEL, N, assert_same, build
 
-pytestmark = pytest.mark.xdist_group("ray")
 OPTIONS: dict[str, Any] = {"layer": "head", "batch_size": 8}
 
 

@@ -38,7 +38,7 @@ class IndexSpec:
     Attributes
     ----------
     engine : a name of `registry`.
-    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann.
+    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann, shards of ray.
     options : what stands behind the question mark.
     """
 

@@ -356,7 +356,7 @@ def _read(spec: IndexSpec) -> tuple[int, IndexSpec]:
     shards, _, inner = spec.build.partition(":")
     if not shards.isdecimal() or int(shards) < 1:
         raise InvalidInput(
-            f"index 'ray:{spec.build}' does not say how many shards there are; "
+            f"index {_written(replace(spec, options={}))!r} does not say how many shards there are; "
             "write ray:8, or ray:8:SPEC with the index of each, for example ray:8:faiss:IVF1024,PQ64x4fs"
         )
     parsed = parse_spec(inner or "exact")
