@@ -107,7 +107,7 @@ def test_an_automatic_index_is_saved_as_what_it_came_to(
     tmp_path: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EXACT_UP_TO", 100)
-    monkeypatch.setattr(registry, "auto_factory", lambda width, n_rows: f"IVF{n_rows // 100},Flat")
+    monkeypatch.setattr(registry, "auto_factory", lambda width, n_rows, ram: f"IVF{n_rows // 100},Flat")
     with memory_of(PROBLEM, tmp_path / "memory") as memory:
         knn_of(memory, index="auto").save_index()
     answer(tmp_path / "memory", "auto")

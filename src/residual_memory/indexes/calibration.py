@@ -168,22 +168,34 @@ def _near(
     return (pair_distances(keys, queries, listed) <= reach[:, None] * (1 + SAME)) & (listed != own[:, None])
 
 
-def _true_reach(
-    keys: KeySource, first: int, n_rows: int, queries: Float[ndarray, "q d"], own: Int64[ndarray, " q"], k: int
-) -> Float[ndarray, " q"]:
-    """Distance of each query to its k-th true neighbour, by faiss over all keys."""
+def true_distances(
+    keys: KeySource, first: int, n_rows: int, queries: Float[ndarray, "q d"], k: int
+) -> tuple[Float[ndarray, "q k"], Int64[ndarray, "q k"]]:
+    """Distances to the k nearest of the rows `first` … `first + n_rows − 1`, ascending, and those rows.
+
+    By faiss, block by block: nothing as large as the keys is held.
+    """
     import faiss
 
-    heap = faiss.ResultHeap(len(queries), k + 1)  # itself is among them
+    heap = faiss.ResultHeap(len(queries), k)
     start = first
     for block in _within(keys.blocks(KEYS_PER_BLOCK, first), n_rows):
-        squared, rows = faiss.knn(queries, np.ascontiguousarray(block, np.float32), min(k + 1, len(block)))
+        squared, rows = faiss.knn(queries, np.ascontiguousarray(block, np.float32), min(k, len(block)))
         heap.add_result(squared, rows + start)
         start += len(block)
     heap.finalize()
-    others = pair_distances(keys, queries, heap.I)
-    others[heap.I == own[:, None]] = -np.inf
-    return np.sort(others, axis=1)[:, -1] if k else np.zeros(len(queries))
+    distances = pair_distances(keys, queries, heap.I)
+    order = np.argsort(distances, axis=1)
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(heap.I, order, 1)
+
+
+def _true_reach(
+    keys: KeySource, first: int, n_rows: int, queries: Float[ndarray, "q d"], own: Int64[ndarray, " q"], k: int
+) -> Float[ndarray, " q"]:
+    """Distance of each query to its k-th true neighbour, itself left out."""
+    distances, rows = true_distances(keys, first, n_rows, queries, k + 1)
+    others = np.where(rows == own[:, None], -np.inf, distances)
+    return others.max(axis=1) if k else np.zeros(len(queries))
 
 
 def _within(blocks: Iterator[ndarray], n_rows: int) -> Iterator[ndarray]:

@@ -1,6 +1,7 @@
 """Approximate search by faiss: inverted files and product quantisation, re-scored from the memory's own keys."""
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
 from numpy import ndarray
 
-from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.errors import CorruptFile, InvalidInput, LowRecall
 from residual_memory.indexes.base import (
     Candidates,
     Engine,
@@ -125,6 +126,13 @@ class Faiss(Index):
                 options[RECALL], {field: options[option] for field, option in named.items() if option in options}
             )
             self._effort, self._k_factor = point.effort, point.k_factor
+            if point.recall < options[RECALL]:
+                warnings.warn(
+                    f"index {self.factory!r} finds {point.recall:.3f} of the neighbours at most, {options[RECALL]:g} "
+                    "were asked for; its codes are too coarse: name one with longer ones",
+                    LowRecall,
+                    stacklevel=2,
+                )
         set_options(index, self.factory, {**options, name: self._effort} if name else options)
 
     def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:

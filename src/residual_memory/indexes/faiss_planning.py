@@ -90,7 +90,7 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     InvalidInput : if faiss does not know the factory.
     """
     sample = training_size(dim, n_rows, factory)
-    examples = ExampleKeys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
+    examples = ExampleKeys(example_keys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim))
     keys = examples.whole
     wide = _taken_apart(dim, factory)  # kept: faiss's parts live as long as their whole
     lists = wide.lists

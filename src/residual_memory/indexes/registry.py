@@ -1,6 +1,6 @@
 """From a spec string to an index.
 
-For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann".
+For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann", "ray:8".
 """
 
 import difflib
@@ -13,16 +13,19 @@ from residual_memory.indexes.base import Engine, Index, IndexSpec, Measured, Pie
 from residual_memory.indexes.calibration import as_recall
 from residual_memory.indexes.distances import KeySource
 from residual_memory.indexes.footprint import Footprint
+from residual_memory.machine import free_ram_bytes
 
 AUTO = "auto"
 EXACT_UP_TO = 1_000_000  # rows; beyond, "auto" takes inverted files with product quantisation
 AUTO_RECALL = "0.95"
+MOST_NUMBERS, LEAST_NUMBERS, ID_BYTES = 128, 16, 8
 GRAPH_FROM = 1 << 14  # cells; from here on "auto" finds the nearest ones in a graph
 EXACT_TAIL = 1 << 14  # rows that were appended and are searched exactly, before they are encoded like the others
 # Each engine's class; its module is imported when the engine is named.
 ENGINES: dict[str, str] = {
     "exact": "residual_memory.indexes.exact:ExactEngine",
     "faiss": "residual_memory.indexes.faiss:FaissEngine",
+    "ray": "residual_memory.indexes.ray:RayEngine",
     "scann": "residual_memory.indexes.scann:ScannEngine",
 }
 EXACT = IndexSpec("exact")
@@ -93,15 +96,35 @@ def resolved(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:
         return spec
     if n_rows <= EXACT_UP_TO or importlib.util.find_spec("faiss") is None:
         return EXACT
-    return IndexSpec("faiss", auto_factory(width, n_rows), {"recall": AUTO_RECALL, **spec.options})
+    return IndexSpec("faiss", auto_factory(width, n_rows, free_ram_bytes()), {"recall": AUTO_RECALL, **spec.options})
 
 
-def auto_factory(width: int, n_rows: int) -> str:
-    """What "auto" asks of faiss beyond `EXACT_UP_TO` rows: about 4 sqrt(n) cells, half a byte for every two numbers."""
-    cells = 1 << max(10, (4 * int(n_rows**0.5)).bit_length() - 1)
-    codes = next((m for m in range(width // 2, 1, -1) if width % m == 0), 1)
+def auto_factory(width: int, n_rows: int, ram_bytes: int) -> str:
+    """What "auto" asks of faiss beyond `EXACT_UP_TO` rows: about 4 sqrt(n) cells, and half a byte for each number.
+
+    Keys are rotated to their principal directions, of which the first ones are kept, and among these at random, so that
+    each number tells as much as the next: of a million keys of text, 256 numbers long, the shortlist that held 0.95 of
+    the neighbours was then 4 times as short as with half a byte for every two numbers as they come.
+
+    Parameters
+    ----------
+    ram_bytes : what may be had; codes take no more than half of it, if they can be that short.
+    """
+    kept = min(width, MOST_NUMBERS)
+    while kept > LEAST_NUMBERS and n_rows * (kept // 2 + ID_BYTES) > ram_bytes // 2:
+        kept = max(kept // 2, LEAST_NUMBERS)
+    return compressed(kept, usual_cells(n_rows))
+
+
+def usual_cells(n_rows: int) -> int:
+    """About 4 sqrt(n), a power of 2."""
+    return 1 << max(10, (4 * int(n_rows**0.5)).bit_length() - 1)
+
+
+def compressed(kept: int, cells: int) -> str:
+    """The factory of an index with so many cells, and codes of half a byte for each of the numbers that are kept."""
     graph = "_HNSW32" if cells >= GRAPH_FROM else ""
-    return f"IVF{cells}{graph},PQ{codes}x4fs"
+    return f"PCAR{kept},IVF{cells}{graph},PQ{kept}x4fs"
 
 
 def build_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, like: Index | None = None) -> Index:
