@@ -130,7 +130,7 @@ def test_what_is_not_short_stays_as_it_is() -> None:
     found = rm.nearest_fitting(short_of_ram)
     assert found is not None
     assert (found.layout, found.top_m) == (short_of_ram.layout, None)
-    assert found.index.startswith("faiss:IVF")
+    assert found.index.startswith("faiss:PCAR128,IVF")
     short_of_disk = sized(1_000_000, 256, 10, free_disk=10**9)
     assert short_of_disk.shortages == ("disk",)
     found = rm.nearest_fitting(short_of_disk)

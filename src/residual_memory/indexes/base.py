@@ -249,7 +249,7 @@ def nearest(
         k = ranked.rows.shape[1]
         found.distances[block, :k], found.rows[block, :k] = ranked.distances, ranked.rows
 
-    pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
+    pending, wanted = np.arange(len(queries)), listed_for(n_neighbors)
     while len(pending) and n_rows:
         wanted = min(wanted, n_rows)
         unsettled = []
@@ -260,6 +260,11 @@ def nearest(
             unsettled.append(block[~_settled(listed, found.distances[block], wanted >= n_rows)])
         pending, wanted = np.concatenate(unsettled), wanted * 4
     return replace(found, complete=complete)
+
+
+def listed_for(n_neighbors: int) -> int:
+    """How many rows an index is asked for, so that some may be rejected or tie."""
+    return n_neighbors + 8 + n_neighbors // 8
 
 
 def in_threads(

@@ -249,7 +249,7 @@ def _measuring_seconds(parts: _Parts, factory: str, keys: ExampleKeys, n_rows: i
     efforts = len(efforts_of(factory))
     scoring = efforts * timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
     through = 2 * efforts if _is_graph(parts.inner) else 2 * n_rows / len(keys)
-    everyone, near = example_keys(QUERIES, keys.width), min(NEIGHBORS, len(keys))
+    everyone, near = example_keys(QUERIES, keys.width), min(max(NEIGHBORS), len(keys))
     reach = seconds_per_row(lambda some: faiss.knn(everyone, some, min(near, len(some))), keys.whole, PROBE_SECONDS)
     return QUERIES * (scoring + through * searching) + n_rows * reach
 
