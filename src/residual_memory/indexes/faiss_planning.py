@@ -244,14 +244,15 @@ def _measuring_seconds(parts: _Parts, factory: str, keys: ExampleKeys, n_rows: i
     asked, length = keys.whole[:QUERIES_TIMED], min(int(LISTED * FACTORS[-1]), len(keys))
     if parts.lists is not None:
         parts.lists.nprobe = int(parts.lists.nlist)
-    searching = timed(lambda: parts.whole.search(asked, length)) / len(asked)
+    short = timed(lambda: parts.whole.search(asked, min(LISTED, len(keys))), times=2) / len(asked)
+    longer = max(timed(lambda: parts.whole.search(asked, length)) / len(asked) - short, 0.0)
     listed = np.random.default_rng(0).integers(0, len(keys), (len(asked), length))
+    scoring = timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
     efforts = len(efforts_of(factory))
-    scoring = efforts * timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
     through = 2 * efforts if _is_graph(parts.inner) else 2 * n_rows / len(keys)
     everyone, near = example_keys(QUERIES, keys.width), min(NEIGHBORS, len(keys))
     reach = seconds_per_row(lambda some: faiss.knn(everyone, some, min(near, len(some))), keys.whole, PROBE_SECONDS)
-    return QUERIES * (scoring + through * searching) + n_rows * reach
+    return QUERIES * (efforts * (longer + scoring) + through * short) + n_rows * reach
 
 
 def _code_seconds(index: Any, keys: Float[ndarray, "n d"], sample: int) -> float:
