@@ -7,6 +7,7 @@ ResidualMemoryError
 │   ├── UnknownId                    an id that the memory does not hold
 │   └── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
 ├── MissingExtra (ImportError)       an optional package is not installed; the message says which
+├── BrokenPlugin (ImportError)       an engine of another package cannot be used; the message says which, and why
 ├── MemoryNotFound (FileNotFoundError)
 ├── DataNotFound (FileNotFoundError)
 ├── CorruptFile                      bytes on disk are not those that were written
@@ -52,6 +53,10 @@ class MissingExtra(ResidualMemoryError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an extra: pip install 'residual-memory[{extra}]'")
+
+
+class BrokenPlugin(ResidualMemoryError, ImportError):
+    """An engine of another package cannot be imported, or is none."""
 
 
 class MemoryNotFound(ResidualMemoryError, FileNotFoundError):
