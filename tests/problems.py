@@ -3,54 +3,19 @@
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy import ndarray
 
 from residual_memory.correction import ResidualKNN
 from residual_memory.memory import Memory
 from residual_memory.residuals import top_m
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Rows to remember, and queries with what the base says of them."""
-
-    keys: ndarray
-    labels: ndarray
-    predictions: ndarray
-    queries: ndarray
-    said: ndarray
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def task(self) -> str:
-        return "regression" if self.labels.dtype.kind == "f" else "classification"
-
-    def rows(self, chosen: Any) -> "Problem":
-        """The same queries against some of the rows."""
-        return replace(self, keys=self.keys[chosen], labels=self.labels[chosen], predictions=self.predictions[chosen])
-
-
-def softmax(logits: ndarray) -> ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
-def classification(n: int = 60, q: int = 12, d: int = 5, c: int = 4, seed: int = 0) -> Problem:
-    random = np.random.default_rng(seed)
-    return Problem(
-        random.normal(size=(n, d)),
-        random.integers(0, c, n),
-        softmax(2 * random.normal(size=(n, c))),
-        random.normal(size=(q, d)),
-        softmax(2 * random.normal(size=(q, c))),
-    )
+from residual_memory.testing.problems import Problem as Problem
+from residual_memory.testing.problems import classification as classification
+from residual_memory.testing.problems import on_grid as on_grid
+from residual_memory.testing.problems import same_bits as same_bits
+from residual_memory.testing.problems import softmax as softmax
 
 
 def regression(n: int = 60, q: int = 12, d: int = 5, c: int = 2, seed: int = 0) -> Problem:
@@ -61,16 +26,6 @@ def regression(n: int = 60, q: int = 12, d: int = 5, c: int = 2, seed: int = 0) 
         random.normal(size=(n, c)),
         random.normal(size=(q, d)),
         random.normal(size=(q, c)),
-    )
-
-
-def on_grid(problem: Problem, levels: int = 2) -> Problem:
-    """Keys and queries on a coarse integer grid: full of duplicates and of equal distances."""
-    random = np.random.default_rng(len(problem))
-    return replace(
-        problem,
-        keys=random.integers(0, levels, problem.keys.shape).astype(float),
-        queries=random.integers(0, levels, problem.queries.shape).astype(float),
     )
 
 
@@ -115,11 +70,6 @@ def memory_of(
 def knn_of(memory: Memory, **options: Any) -> ResidualKNN:
     """A regressor of few neighbours and a plain bandwidth unless told otherwise."""
     return ResidualKNN(memory, **{"n_neighbors": 7, "bandwidth": 0.5, **options})
-
-
-def same_bits(first: ndarray, second: ndarray) -> bool:
-    """Whether two arrays are the same to the last bit, the sign of zero included."""
-    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 def in_plain_python(script: str, *arguments: str) -> str:

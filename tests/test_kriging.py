@@ -20,9 +20,9 @@ from residual_memory.explanation import explain
 from residual_memory.indexes.distances import distances_among
 from residual_memory.kernels import KRIGING, SMALLEST_NUGGET, kernel_named, kriging_weights
 from residual_memory.memory import Memory
+from residual_memory.testing.problems import column
 from residual_memory.tuning import KRIGING_BANDWIDTHS, NUGGETS, TuningResult, tune
 from tests import reference
-from tests.contracts.index_contract import column
 from tests.problems import Problem, classification, empty_memory, knn_of, memory_of, on_grid, regression, same_bits
 from tests.test_tuning import clustered, noise, smooth_values
 

@@ -17,8 +17,8 @@ from residual_memory.indexes.faiss import FaissEngine
 from residual_memory.indexes.registry import parse_spec
 from residual_memory.memory import Column
 from residual_memory.metrics import recall
+from residual_memory.testing.problems import column
 from tests import reference
-from tests.contracts.index_contract import column
 from tests.problems import Problem, classification, knn_of, memory_of, regression, softmax
 
 K, BANDWIDTH = 7, 0.8

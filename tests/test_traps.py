@@ -13,8 +13,8 @@ from residual_memory.indexes.base import nearest
 from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.metrics import log_loss
 from residual_memory.residuals import top_m
+from residual_memory.testing.problems import column
 from tests import reference
-from tests.contracts.index_contract import column
 from tests.problems import Problem, classification, empty_memory, knn_of, memory_of, on_grid, same_bits
 
 ENGINES = ["exact:numpy", "exact:torch", "exact:faiss"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from residual_memory.exchange.writing import export_memory
     from residual_memory.explanation import Explanation, explain
     from residual_memory.gate import Gate
+    from residual_memory.indexes.registry import register_index
     from residual_memory.language import LanguageSetting, LanguageTuning, TokenScores
     from residual_memory.memory import Certificate, Inventory, Memory, salvage
     from residual_memory.models.base import KeyChoice
@@ -82,6 +83,7 @@ _ROOMS = {
     "nearest_fitting": "planning",
     "PrivacyReport": "privacy",
     "audit_privacy": "privacy",
+    "register_index": "indexes.registry",
     "temper": "residuals",
     "top_m": "residuals",
     "Evaluation": "evaluation",
@@ -140,6 +142,7 @@ __all__ = [
     "merge_memories",
     "nearest_fitting",
     "observe",
+    "register_index",
     "salvage",
     "temper",
     "to_probabilities",

@@ -8,6 +8,7 @@ ResidualMemoryError
 │   ├── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
 │   └── PathNotShared                a worker on another machine does not see a file or directory
 ├── MissingExtra (ImportError)       an optional package is not installed; the message says which
+├── BrokenPlugin (ImportError)       an engine of another package cannot be used; the message says which, and why
 ├── MemoryNotFound (FileNotFoundError)
 ├── DataNotFound (FileNotFoundError)
 ├── CorruptFile                      bytes on disk are not those that were written
@@ -61,6 +62,10 @@ class MissingExtra(ResidualMemoryError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an extra: pip install 'residual-memory[{extra}]'")
+
+
+class BrokenPlugin(ResidualMemoryError, ImportError):
+    """An engine of another package cannot be imported, or is none."""
 
 
 class MemoryNotFound(ResidualMemoryError, FileNotFoundError):

@@ -11,8 +11,9 @@ from residual_memory.indexes import distances as distances_module
 from residual_memory.indexes.base import IndexSpec, nearest
 from residual_memory.indexes.distances import pair_distances, squared_error
 from residual_memory.indexes.registry import auto_factory, build_index, parse_spec, resolved
+from residual_memory.testing import IndexContract
+from residual_memory.testing.problems import clustered, column
 from tests import reference
-from tests.contracts.index_contract import IndexContract, clustered, column
 from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of, same_bits
 
 needs_scann = pytest.mark.skipif(importlib.util.find_spec("scann") is None, reason="scann is not installed")

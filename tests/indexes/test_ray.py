@@ -23,7 +23,8 @@ from residual_memory.indexes.base import Index, Usable, nearest
 from residual_memory.indexes.ray import Shard, Sharded, digest_of
 from residual_memory.indexes.registry import EXACT, build_index, parse_spec, planned
 from residual_memory.memory import Column, Memory
-from tests.contracts.index_contract import IndexContract, clustered, column
+from residual_memory.testing import IndexContract
+from residual_memory.testing.problems import clustered, column
 from tests.problems import classification, empty_memory, knn_of, memory_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("ray")

@@ -31,6 +31,7 @@ from residual_memory.cli import (
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
 from residual_memory.errors import (
+    BrokenPlugin,
     CorruptFile,
     DataNotFound,
     InvalidInput,
@@ -52,6 +53,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (MemoryLocked, LOCKED),
     (InvalidInput, USAGE),
     (MissingExtra, USAGE),
+    (BrokenPlugin, USAGE),
     (MemoryNotFound, USAGE),
     (DataNotFound, USAGE),
     (UsageError, USAGE),

@@ -69,7 +69,7 @@ class Candidates:
 class Index(ABC):
     """An index over rows `first` … `first + n_rows − 1` of a key source; immutable once built.
 
-    The battery in ``tests/contracts/index_contract.py`` says whether an engine's is right.
+    The battery in `residual_memory.testing` says whether an engine's is right.
     """
 
     first: int

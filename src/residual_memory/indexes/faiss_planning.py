@@ -112,7 +112,7 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     adding = _adding(parts.whole, keys)
     if _is_graph(parts.inner):
         adding *= math.log(max(n_rows, len(keys), 2)) / math.log(max(len(keys), 2))
-    return BuildTime(training, n_rows * (adding + placed), _measuring_seconds(parts, factory, examples, n_rows))
+    return BuildTime(training, n_rows * (adding + placed), _measuring_seconds(parts, factory, cells, examples, n_rows))
 
 
 def _taken_apart(dim: int, factory: str) -> _Parts:
@@ -233,25 +233,28 @@ def _comparisons(cells: int, sample: int, rounds: int) -> float:
     return few * (TOP_ROUNDS * min(sample, POINTS_PER_CENTROID * few) + (1 + ROUNDS) * sample)
 
 
-def _measuring_seconds(parts: _Parts, factory: str, keys: ExampleKeys, n_rows: int) -> float:
+def _measuring_seconds(parts: _Parts, factory: str, cells: int, keys: ExampleKeys, n_rows: int) -> float:
     """Measuring the recall: the true neighbours by all distances, and for each effort two searches and one scoring.
 
     The efforts double, so inverted lists are gone through about as often as twice the last one goes through them; that
-    one is taken to find enough in half of them. A graph goes through as much at each effort: the list is longer.
+    one is taken to find enough in half of them. A list takes as long as a block of codes more than it holds. A graph
+    goes through as much at each effort, since the shortlist is longer.
     """
     import faiss
 
     asked, length = keys.whole[:QUERIES_TIMED], min(int(LISTED * FACTORS[-1]), len(keys))
+    through = 0.0 if _is_graph(parts.inner) else 2 * n_rows / len(keys)
     if parts.lists is not None:
         parts.lists.nprobe = int(parts.lists.nlist)
-    searching = timed(lambda: parts.whole.search(asked, length)) / len(asked)
+        through = 2 * (n_rows + BLOCK_ROWS * cells) / (len(keys) + BLOCK_ROWS * parts.lists.nlist)
+    short = timed(lambda: parts.whole.search(asked, min(LISTED, len(keys))), times=2) / len(asked)
+    long = timed(lambda: parts.whole.search(asked, length)) / len(asked)
     listed = np.random.default_rng(0).integers(0, len(keys), (len(asked), length))
-    efforts = len(efforts_of(factory))
-    scoring = efforts * timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
-    through = 2 * efforts if _is_graph(parts.inner) else 2 * n_rows / len(keys)
+    scoring = timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
+    longer = 2 * long if _is_graph(parts.inner) else max(long - short, 0.0)
     everyone, near = example_keys(QUERIES, keys.width), min(max(NEIGHBORS), len(keys))
     reach = seconds_per_row(lambda some: faiss.knn(everyone, some, min(near, len(some))), keys.whole, PROBE_SECONDS)
-    return QUERIES * (scoring + through * searching) + n_rows * reach
+    return QUERIES * (len(efforts_of(factory)) * (longer + scoring) + through * short) + n_rows * reach
 
 
 def _code_seconds(index: Any, keys: Float[ndarray, "n d"], sample: int) -> float:

@@ -1,14 +1,19 @@
 """From a spec string to an index.
 
-For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann", "ray:8".
+For example "auto", "exact", "exact:torch?device=cuda", "faiss:IVF1024,PQ64x4fs,RFlat?nprobe=16", "scann", "ray:8". A
+name that is none of ours is looked for among the engines that other packages bring.
 """
 
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
+import inspect
+import re
 from dataclasses import replace
+from typing import Any
 
-from residual_memory.errors import InvalidInput
+from residual_memory.errors import BrokenPlugin, InvalidInput
 from residual_memory.indexes.base import Engine, Index, IndexSpec, Measured, Pieces, numbers_of
 from residual_memory.indexes.calibration import as_recall
 from residual_memory.indexes.distances import KeySource
@@ -28,7 +33,10 @@ ENGINES: dict[str, str] = {
     "ray": "residual_memory.indexes.ray:RayEngine",
     "scann": "residual_memory.indexes.scann:ScannEngine",
 }
+PLUGINS = "residual_memory.indexes"  # entry points of other packages: a name, and the class of its engine
 EXACT = IndexSpec("exact")
+_EXPECTED = "expected a class that implements residual_memory.indexes.base.Engine"
+_registered: dict[str, type[Engine]] = {}
 
 
 def parse_spec(text: str) -> IndexSpec:
@@ -40,8 +48,8 @@ def parse_spec(text: str) -> IndexSpec:
     """
     head, _, query = str(text).partition("?")
     engine, _, build = head.partition(":")
-    known = (AUTO, *ENGINES)
-    if engine not in known:
+    if engine not in (AUTO, *ENGINES, *_registered) and not _entry_points(name=engine):
+        known = engine_names()
         close = difflib.get_close_matches(engine, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InvalidInput(f"index is {text!r}, expected to begin with one of {', '.join(known)}{hint}")
@@ -51,11 +59,70 @@ def parse_spec(text: str) -> IndexSpec:
     return IndexSpec(engine, build, {name: value for name, _, value in pairs})
 
 
+def engine_names() -> list[str]:
+    """What a spec may begin with: ours, and then those of other packages."""
+    others = {*_registered, *(point.name for point in _entry_points())} - {AUTO, *ENGINES}
+    return [AUTO, *ENGINES, *sorted(others)]
+
+
+def register_index(name: str, engine: type[Engine]) -> None:
+    """Let specs of this process begin with a name. A package says it once and for all by an entry point instead.
+
+    Parameters
+    ----------
+    name : letters, digits, "-" and "_". A name that was registered before gets the new engine.
+    engine : a class that is made without arguments.
+
+    Raises
+    ------
+    InvalidInput : if the name is one of ours, or none, or the class is no engine.
+    """
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in (AUTO, *ENGINES):
+        raise InvalidInput(
+            f"name is {name!r}, expected letters, digits, '-' or '_', and none of {AUTO}, {', '.join(ENGINES)}"
+        )
+    if not _is_engine(engine):
+        raise InvalidInput(f"engine is {engine!r}, {_EXPECTED}")
+    _registered[name] = engine
+
+
 def engine_named(name: str) -> Engine:
-    """The engine of a spec that was resolved."""
-    module, _, kind = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), kind)()
+    """The engine of a spec that was resolved.
+
+    Raises
+    ------
+    BrokenPlugin : if it is another package's and cannot be imported, or is no engine.
+    """
+    if name in ENGINES:
+        module, _, kind = ENGINES[name].partition(":")
+        engine: Engine = getattr(importlib.import_module(module), kind)()
+        return engine
+    return _registered[name]() if name in _registered else _plugin(name)
+
+
+def _plugin(name: str) -> Engine:
+    """The engine that an entry point names."""
+    points = _entry_points(name=name)
+    said = sorted(f"{point.value} of {point.dist.name if point.dist else 'a package'}" for point in points)
+    if len({point.value for point in points}) != 1:
+        raise BrokenPlugin(f"index engine {name!r} is {' and '.join(said) or 'not there'}; keep one of these packages")
+    try:
+        kind = next(iter(points)).load()
+        engine: Any = kind() if _is_engine(kind) else None
+    except Exception as error:  # whatever the other package does when it is imported
+        raise BrokenPlugin(f"index engine {name!r}, {said[0]}, cannot be imported: {error!r}") from error
+    if engine is None:
+        raise BrokenPlugin(f"index engine {name!r}, {said[0]}, is no engine, {_EXPECTED}")
     return engine
+
+
+def _is_engine(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Engine) and not inspect.isabstract(kind)
+
+
+def _entry_points(name: str | None = None) -> importlib.metadata.EntryPoints:
+    points = importlib.metadata.entry_points(group=PLUGINS)
+    return points if name is None else points.select(name=name)
 
 
 def check_index(text: str, width: int) -> None:

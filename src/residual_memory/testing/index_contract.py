@@ -1,40 +1,26 @@
 """The battery that every index must pass, whoever wrote it.
 
 Subclass `IndexContract` in a test module and give the spec; `exact` says whether the engine promises the true answer.
+An engine has to build indexes of 700 and of 800 rows of 8 numbers with this spec.
 """
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy import ndarray
 
-from residual_memory.indexes.base import Index, nearest
+from residual_memory.errors import CorruptFile, InvalidInput
+from residual_memory.indexes.base import Index, Usable, nearest
 from residual_memory.indexes.distances import pair_distances
-from residual_memory.indexes.registry import build_index, parse_spec
+from residual_memory.indexes.registry import build_index, check_index, engine_named, load_index, parse_spec, saved_spec
 from residual_memory.memory import Column
 from residual_memory.metrics import recall
+from residual_memory.testing.problems import Problem, classification, clustered, column, neighbors, on_grid, same_bits
 from residual_memory.types import Neighbors
-from tests import reference
-from tests.problems import Problem, classification, on_grid, same_bits
 
 K = 10
-
-
-def column(*parts: ndarray) -> Column:
-    return Column(list(parts), np.zeros((0, parts[0].shape[1])))
-
-
-def clustered(n: int = 800, q: int = 40, d: int = 8, seed: int = 0) -> Problem:
-    """Keys around a few centres far from the origin, in which float32 inner products lose digits."""
-    random = np.random.default_rng(seed)
-    centres = 3 * random.normal(size=(12, d)) + 50
-    problem = classification(n=n, q=q, d=d, seed=seed)
-    return replace(
-        problem,
-        keys=centres[random.integers(0, 12, n)] + problem.keys,
-        queries=centres[random.integers(0, 12, q)] + problem.queries,
-    )
 
 
 class IndexContract:
@@ -60,7 +46,7 @@ class IndexContract:
 
     def assert_right(self, found: Neighbors, problem: Problem, ids: ndarray | None = None) -> None:
         """Distances are the true ones of the rows named; the rows are the nearest, or enough of them are."""
-        distances, rows = reference.neighbors(problem.keys, problem.queries, found.rows.shape[1], ids)
+        distances, rows = neighbors(problem.keys, problem.queries, found.rows.shape[1], ids)
         precision = 1e-12 if problem.keys.dtype == np.float64 else 1e-6
         assert (np.diff(found.distances, axis=1) >= 0).all()
         np.testing.assert_allclose(
@@ -109,7 +95,7 @@ class IndexContract:
         if listed.bounds is None:
             assert not self.exact
             return
-        distances, rows = reference.neighbors(problem.keys, problem.queries, len(problem))
+        distances, rows = neighbors(problem.keys, problem.queries, len(problem))
         for line, ordered, squared, bound in zip(listed.rows, rows, distances**2, listed.bounds, strict=True):
             left_out = ~np.isin(ordered, line)
             assert (squared[left_out] >= bound).all()
@@ -203,7 +189,7 @@ class IndexContract:
             keys=1000 + 1e-5 * random.normal(size=(300, 6)),
             queries=1000 + 1e-5 * random.normal(size=(10, 6)),
         )
-        distances, rows = reference.neighbors(problem.keys, problem.queries, K)
+        distances, rows = neighbors(problem.keys, problem.queries, K)
         found = self.search(problem)
         np.testing.assert_array_equal(found.rows, rows)
         np.testing.assert_allclose(found.distances, distances, rtol=1e-9)
@@ -218,3 +204,66 @@ class IndexContract:
         all_distances = np.sort(pair_distances(keys, queries, every_row), axis=1)
         found = nearest([self.build(keys)], keys, queries, K)
         np.testing.assert_array_equal(found.distances, all_distances[:, :K])
+
+    def test_forgotten_rows_are_passed_over(self) -> None:
+        problem = clustered()
+        keys = column(problem.keys)
+        alive = np.arange(800) % 4 == 1
+        part, usable = self.build(keys), Usable(alive)
+        found = nearest([part], keys, problem.queries, K, usable=usable)
+        assert alive[found.rows].all()
+        kept = problem.rows(alive)
+        self.assert_right(replace(found, rows=found.rows // 4), kept)
+        width = part.candidates(problem.queries, K).rows.shape
+        assert part.candidates(problem.queries, K, usable).rows.shape == width
+
+    def test_an_unknown_option_is_refused_before_there_are_rows(self) -> None:
+        mark = "&" if "?" in self.spec else "?"
+        with pytest.raises(InvalidInput, match="nonsense"):
+            check_index(f"{self.spec}{mark}nonsense=1", 8)
+
+    def test_what_it_saved_is_what_it_loads(self) -> None:
+        problem = clustered()
+        keys, spec = column(problem.keys), parse_spec(self.spec)
+        built = self.build(keys)
+        assert built.saved_as == engine_named(spec.engine).saved_name(spec)
+        if built.saved_as is None:
+            assert not built.saved()
+            assert built.measured() is None
+            return
+        pieces = {name: bytes(piece) for name, piece in built.saved().items()}
+        measured = json.loads(json.dumps(built.measured()))
+        assert saved_spec(spec, built.saved_as, 8, 800) == spec
+        loaded = load_index(spec, keys, 0, 800, pieces, measured)
+        assert (loaded.first, loaded.n_rows, loaded.saved_as) == (0, 800, built.saved_as)
+        first, second = (nearest([part], keys, problem.queries, K) for part in (built, loaded))
+        np.testing.assert_array_equal(first.rows, second.rows)
+
+    def test_what_is_not_whole_is_not_loaded(self) -> None:
+        keys, spec = column(clustered().keys), parse_spec(self.spec)
+        built = self.build(keys)
+        if built.saved_as is None:
+            pytest.skip("of this engine nothing is saved")
+        pieces = built.saved()
+        for name in pieces:
+            others = {other: piece for other, piece in pieces.items() if other != name}
+            with pytest.raises(CorruptFile):
+                load_index(spec, keys, 0, 800, others, None)
+        with pytest.raises(CorruptFile):
+            load_index(spec, keys, 0, 799, pieces, None)
+
+    def test_it_says_what_it_will_take(self) -> None:
+        spec = parse_spec(self.spec)
+        engine = engine_named(spec.engine)
+        few, many = (engine.footprint(spec, 8, n) for n in (10_000, 10_000_000))
+        assert 0 <= few.ram <= few.building
+        assert few.ram <= many.ram
+        assert few.building <= many.building
+        kept = self.build(column(clustered().keys)).saved_as is not None
+        assert (0 < few.saved < many.saved) if kept else not many.saved
+
+    def test_it_says_how_long_it_will_take(self) -> None:
+        spec = parse_spec(self.spec)
+        seconds = engine_named(spec.engine).build_time(spec, 8, 10_000)
+        assert min(seconds.training, seconds.filling, seconds.measuring) >= 0
+        assert seconds.training + seconds.filling > 0
