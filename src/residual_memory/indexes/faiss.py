@@ -32,7 +32,6 @@ TOP_ROUNDS, ROUNDS, SEED = 10, 10, 1234
 ADDED_PER_BLOCK = 1 << 16
 # Quantised codes rank coarsely: measured recall at 2, 4 and 10 times k was 0.775, 0.92 and 0.99.
 QUANTISED_FACTOR, UNQUANTISED_FACTOR = 10.0, 1.0
-GRAPH_EFFORT = 64  # cells that a graph over them looks at, at least, to name the nearest ones
 RECALL, K_FACTOR = "recall", "k_factor"
 _INDEX = "index"
 
@@ -302,11 +301,9 @@ def _trained(index: Any, keys: KeySource, first: int, n_rows: int, factory: str)
     if isinstance(inner, faiss.IndexIVF) and inner.nlist >= TWO_LEVELS_FROM and len(sample) >= inner.nlist:
         if isinstance(index, faiss.IndexPreTransform):
             sample = _transformed(index, sample)
-        quantizer = faiss.downcast_index(inner.quantizer)
-        if isinstance(quantizer, faiss.IndexHNSW):
-            quantizer.hnsw.efSearch = GRAPH_EFFORT
-        quantizer.train(centroids := two_level_centroids(sample, inner.nlist))
-        quantizer.add(centroids)
+        centroids = two_level_centroids(sample, inner.nlist)
+        inner.quantizer.train(centroids)
+        inner.quantizer.add(centroids)
         inner.train(sample)
         index.is_trained = True
     else:

@@ -13,7 +13,6 @@ from residual_memory.errors import InvalidInput
 from residual_memory.indexes.calibration import FACTORS, LISTED, NEIGHBORS, QUERIES
 from residual_memory.indexes.distances import pair_distances
 from residual_memory.indexes.faiss import (
-    GRAPH_EFFORT,
     ROUNDS,
     TOP_ROUNDS,
     TWO_LEVELS_FROM,
@@ -209,8 +208,7 @@ def _cell_seconds(lists: Any, cells: int, keys: Float[ndarray, "n d"], sample: i
 
     some, quantizer = int(lists.nlist), _of_kind(lists.quantizer)
     centroids = example_keys(some, int(lists.d))
-    if graph := _is_graph(quantizer):
-        quantizer.hnsw.efSearch = GRAPH_EFFORT
+    graph = _is_graph(quantizer)
     if not quantizer.is_trained:
         quantizer.train(centroids)
     placing = timed(lambda: quantizer.add(centroids))
