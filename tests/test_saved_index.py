@@ -210,6 +210,7 @@ CRAFTED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "description": lambda body: body.update(description=None),
     "measured": lambda body: body.update(measured=[]),
     "points": lambda body: body.update(measured={"n_queries": 1, "n_neighbors": [1], "points": [{"effort": 1}]}),
+    "no points": lambda body: body.update(measured={"n_queries": 1, "n_neighbors": [1], "points": []}),
     "extra": lambda body: body.update(code="import os"),
     "outside": lambda body: body["pieces"]["index"].update(name="../memory/manifest.json"),
     "of the memory": lambda body: body["pieces"]["index"].update(name="manifest.json"),

@@ -11,7 +11,7 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput, LowRecall
 from residual_memory.indexes import faiss as engine
 from residual_memory.indexes import registry
-from residual_memory.indexes.base import Usable, nearest
+from residual_memory.indexes.base import Usable, listed_for, nearest
 from residual_memory.indexes.calibration import Calibration, Point, true_distances
 from residual_memory.indexes.faiss import two_level_centroids
 from residual_memory.indexes.registry import build_index, check_index, parse_spec
@@ -71,16 +71,15 @@ def test_auto_takes_a_recall_alone(spec: str) -> None:
 
 
 def test_the_cheapest_way_reaches_the_recall_with_a_margin_or_comes_nearest() -> None:
-    points = (
-        Point(1.0, 1.0, 0.5, 1.0),
-        Point(2.0, 1.0, 0.955, 2.0),
-        Point(4.0, 1.0, 0.97, 3.0),
-        Point(8.0, 1.0, 0.98, 2.5),
-    )
-    known = Calibration(500, (50,), points)
-    assert known.cheapest(0.95, {}) == points[3]
-    assert known.cheapest(0.95, {"effort": 4.0}) == points[2]
-    assert known.cheapest(0.99, {}) == points[3]
+    recalls = ((0.4, 0.5), (0.9, 0.955), (0.95, 0.97), (0.96, 0.98))
+    efforts, seconds = (1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 3.0, 2.5)
+    points = tuple(Point(e, 1.0, r, s) for e, r, s in zip(efforts, recalls, seconds, strict=True))
+    known = Calibration(500, (10, 50), points)
+    assert known.cheapest(0.95, listed_for(50), {}) == points[3]
+    assert known.cheapest(0.95, listed_for(60), {"effort": 4.0}) == points[2]
+    assert known.cheapest(0.99, listed_for(50), {}) == points[3]
+    assert known.cheapest(0.93, listed_for(49), {}) == points[3], "fewer neighbours are harder to find"
+    assert known.cheapest(0.93, listed_for(2), {}) == points[3]
 
 
 def test_true_distances_are_those_of_all_rows() -> None:

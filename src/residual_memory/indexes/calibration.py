@@ -6,7 +6,7 @@ of every shorter list too, so that options of queries can be chosen, and chosen 
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -19,8 +19,7 @@ from residual_memory.indexes.base import Measured, listed_for
 from residual_memory.indexes.distances import KeySource, pair_distances
 
 QUERIES = 500
-# The recall of a shortlist of so many times k falls as k does, where keys lie in clusters: the least of three counts.
-NEIGHBORS = (10, 25, 50)
+NEIGHBORS = (10, 25, 50)  # the recall of a shortlist of so many times k falls as k does, where keys lie in clusters
 LISTED = listed_for(max(NEIGHBORS))
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 ENOUGH, NO_GAIN = 0.999, 0.0005  # recall at which no harder search is tried, and a gain that is none
@@ -40,13 +39,13 @@ class Point:
     ----------
     effort : cells, or vertices of a graph, that a query looks at; 0 for an index that always looks at everything.
     k_factor : how many times k the shortlist is long.
-    recall : share of the true neighbours that were in the shortlist, for the number of them that is hardest to find.
+    recalls : share of the true neighbours that were in the shortlist, for each number of them.
     seconds : a query, the scoring of its shortlist included.
     """
 
     effort: float
     k_factor: float
-    recall: float
+    recalls: tuple[float, ...]
     seconds: float
 
 
@@ -63,21 +62,27 @@ class Calibration:
     n_neighbors: tuple[int, ...]
     points: tuple[Point, ...]
 
-    def cheapest(self, recall: float, named: Mapping[str, float]) -> Point:
+    def cheapest(self, recall: float, listed: int, named: Mapping[str, float]) -> Point:
         """The fastest way to a recall, with a margin; the one that comes nearest to it where none gets there.
 
         Parameters
         ----------
+        listed : how many rows the index is asked for.
         named : `effort` and `k_factor` where they may not be chosen.
         """
         allowed = [p for p in self.points if all(getattr(p, name) == value for name, value in named.items())]
-        aim = recall + MARGIN * (1 - recall)
-        reaching = [point for point in allowed if point.recall >= aim]
-        return min(reaching, key=lambda p: p.seconds) if reaching else max(allowed, key=lambda p: p.recall)
+        place, aim = self._place(listed), recall + MARGIN * (1 - recall)
+        reaching = [point for point in allowed if point.recalls[place] >= aim]
+        return min(reaching, key=lambda p: p.seconds) if reaching else max(allowed, key=lambda p: p.recalls[place])
 
-    def at(self, effort: float, k_factor: float) -> Point | None:
-        """What was measured of one way of querying."""
-        return next((p for p in self.points if (p.effort, p.k_factor) == (effort, k_factor)), None)
+    def recall(self, effort: float, k_factor: float, listed: int) -> float:
+        """What was measured of one way of asking for so many rows."""
+        point = next(p for p in self.points if (p.effort, p.k_factor) == (effort, k_factor))
+        return point.recalls[self._place(listed)]
+
+    def _place(self, listed: int) -> int:
+        """Of the largest number of neighbours that was measured and is not above that of a search: fewer are harder."""
+        return max((place for place, k in enumerate(self.n_neighbors) if listed_for(k) <= listed), default=0)
 
     @staticmethod
     def read(body: Measured) -> "Calibration":
@@ -88,13 +93,21 @@ class Calibration:
         CorruptFile : if it is none.
         """
         try:
-            points = [Point(**{name: float(entry[name]) for name in _NUMBERS}) for entry in body["points"]]
-            return Calibration(int(body["n_queries"]), tuple(map(int, body["n_neighbors"])), tuple(points))
+            points = [
+                Point(
+                    float(entry["effort"]),
+                    float(entry["k_factor"]),
+                    tuple(map(float, entry["recalls"])),
+                    float(entry["seconds"]),
+                )
+                for entry in body["points"]
+            ]
+            counts = tuple(map(int, body["n_neighbors"]))
+            if not points or any(len(point.recalls) != len(counts) for point in points):
+                raise ValueError("it has no point, or recalls of other numbers of neighbours")
+            return Calibration(int(body["n_queries"]), counts, tuple(points))
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"what was measured of a saved index cannot be read: {error!r}") from error
-
-
-_NUMBERS = tuple(field.name for field in fields(Point))
 
 
 def as_recall(recall: float) -> float:
@@ -143,14 +156,15 @@ def calibrated(
         each = (max(whole - short, 0.0) + scoring) / max(lengths[-1] - lengths[0], 1)
         distances[listed == rows[:, None]] = np.inf
         for factor, length in zip(factors, lengths, strict=True):
-            recalls = [
+            recalls = tuple(
                 _recall(distances[:, : int(listed_for(k) * factor)], near, k)
                 for k, near in zip(counts, reach, strict=True)
-            ]
-            points.append(Point(effort, factor, min(recalls), (short + each * length) / len(queries)))
-        if points[-1].recall >= ENOUGH or 0 < best >= points[-1].recall - NO_GAIN:
+            )
+            points.append(Point(effort, factor, recalls, (short + each * length) / len(queries)))
+        least = min(points[-1].recalls)
+        if least >= ENOUGH or 0 < best >= least - NO_GAIN:
             break
-        best = points[-1].recall
+        best = least
     return Calibration(len(queries), counts, tuple(points))
 
 

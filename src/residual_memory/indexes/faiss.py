@@ -4,7 +4,7 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
@@ -19,6 +19,7 @@ from residual_memory.indexes.base import (
     Measured,
     Pieces,
     Usable,
+    listed_for,
     numbers_of,
     require,
 )
@@ -33,7 +34,15 @@ ADDED_PER_BLOCK = 1 << 16
 # Quantised codes rank coarsely: measured recall at 2, 4 and 10 times k was 0.775, 0.92 and 0.99.
 QUANTISED_FACTOR, UNQUANTISED_FACTOR = 10.0, 1.0
 RECALL, K_FACTOR = "recall", "k_factor"
+DESCRIBED_K = 50  # neighbours, the default of a regressor, for which the description tells the recall
 _INDEX = "index"
+
+
+class Way(NamedTuple):
+    """How an index is asked: what a query looks at, and how many times as long as wanted the shortlist is."""
+
+    effort: float
+    k_factor: float
 
 
 class FaissEngine(Engine):
@@ -118,25 +127,21 @@ class Faiss(Index):
         self._keys, self._index, self.known = keys, index, known
         effort, k_factor = usual_search(self.factory)
         name = effort_name(self.factory)
-        self._effort, self._k_factor = options.get(name, effort), options.get(K_FACTOR, k_factor)
-        if RECALL in options:
-            named = {"effort": name, K_FACTOR: K_FACTOR}
-            point = self._calibration().cheapest(
-                options[RECALL], {field: options[option] for field, option in named.items() if option in options}
-            )
-            self._effort, self._k_factor = point.effort, point.k_factor
-            if point.recall < options[RECALL]:
-                warnings.warn(
-                    f"index {self.factory!r} finds {point.recall:.3f} of the neighbours at most, {options[RECALL]:g} "
-                    "were asked for; its codes are too coarse: name one with longer ones",
-                    LowRecall,
-                    stacklevel=2,
-                )
-        set_options(index, self.factory, {**options, name: self._effort} if name else options)
+        self._recall = options.get(RECALL)
+        named = {"effort": name, K_FACTOR: K_FACTOR}
+        self._named = {field: options[option] for field, option in named.items() if option in options}
+        self._usual = Way(options.get(name, effort), options.get(K_FACTOR, k_factor))
+        set_options(index, self.factory, {**options, name: self._usual.effort} if name else options)
+        if self._recall is not None:
+            self._calibration()
+            self._warn_of_low_recall(self._recall)
 
     def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
-        k = min(int(n_neighbors * self._k_factor), self.n_rows)
-        params = None if usable is None else _search_params(self._index, self._effort, usable.packed(self))
+        way = self._way(n_neighbors)
+        k = min(int(n_neighbors * way.k_factor), self.n_rows)
+        packed = None if usable is None else usable.packed(self)
+        as_set = packed is None and way.effort == self._usual.effort
+        params = None if as_set else _search_params(self._index, way.effort, packed)
         _, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k, params=params)
         return Candidates(np.where(rows >= 0, rows + self.first, -1), None)
 
@@ -162,22 +167,42 @@ class Faiss(Index):
 
     @property
     def description(self) -> str:
-        point = self.known.at(self._effort, self._k_factor) if self.known else None
-        if point is None:
+        if self.known is None:
             return f"faiss {self.factory}"
-        searched = f"{effort_name(self.factory)} {self._effort:g}, " if self._effort else ""
-        return f"faiss {self.factory} ({searched}k_factor {self._k_factor:g}: recall {point.recall:.3f})"
+        listed = listed_for(DESCRIBED_K)
+        way = self._way(listed)
+        searched = f"{effort_name(self.factory)} {way.effort:g}, " if way.effort else ""
+        found = self.known.recall(way.effort, way.k_factor, listed)
+        return f"faiss {self.factory} ({searched}k_factor {way.k_factor:g}: recall {found:.3f} at {DESCRIBED_K})"
+
+    def _way(self, listed: int) -> Way:
+        """How so many rows are asked for."""
+        if self._recall is None or self.known is None:
+            return self._usual
+        point = self.known.cheapest(self._recall, listed, self._named)
+        return Way(point.effort, point.k_factor)
 
     def _calibration(self) -> Calibration:
         """What is known of the index, measured if nothing is."""
         if self.known is None:
-            efforts = sorted({*efforts_of(self.factory), self._effort})
-            factors = sorted({*FACTORS, self._k_factor})
+            efforts = sorted({*efforts_of(self.factory), self._usual.effort})
+            factors = sorted({*FACTORS, self._usual.k_factor})
             taught = _training_rows(self._keys.width, self.first, self.n_rows, self.factory)
             self.known = calibrated(
                 self._keys, self.first, self.n_rows, self._listing, efforts, factors, without=taught
             )
         return self.known
+
+    def _warn_of_low_recall(self, wanted: float) -> None:
+        listed = listed_for(DESCRIBED_K)
+        found = self._calibration().recall(*self._way(listed), listed)
+        if found < wanted:
+            warnings.warn(
+                f"index {self.factory!r} finds {found:.3f} of the neighbours at most, {wanted:g} were asked for; its "
+                "codes are too coarse: name one with longer ones",
+                LowRecall,
+                stacklevel=2,
+            )
 
     def _listing(self, effort: float) -> Lister:
         """The search at one effort."""
