@@ -39,6 +39,7 @@ bench: $(READY) data
 	$(BIN)/python -m benchmarks language
 	$(BIN)/python -m benchmarks tables
 	$(BIN)/python -m benchmarks durability
+	$(BIN)/python -m benchmarks ray
 
 torture: $(READY)
 	$(BIN)/python -m benchmarks torture

@@ -1,6 +1,8 @@
 """What all tests share: how hard Hypothesis works, and small problems."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import jaxtyping
@@ -8,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import problems
+from tests import problems, rays
 from tests.problems import Problem
 
 settings.register_profile(
@@ -41,3 +43,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shape checks off, as for users: beartype stops a wrong word first, and makes an exporter fix the batch size."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[Any]:
+    """One local Ray for all tests of a process that need one."""
+    yield from rays.started()

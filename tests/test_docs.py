@@ -27,7 +27,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # What a page's code imports beyond the core.
-NEEDS = {"tables": ("sklearn", "pandas"), "torch": ("torch", "sklearn"), "language": ("torch", "transformers")}
+NEEDS = {
+    "tables": ("sklearn", "pandas"),
+    "torch": ("torch", "sklearn"),
+    "language": ("torch", "transformers"),
+    "ray": ("torch",),
+}
 SPHINX = ("sphinx", "myst_parser", "furo")
 FRAMEWORKS = ("faiss", "sklearn", "torch", "transformers")
 BLOCK = re.compile(r"^```(python|sh|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -16,6 +16,7 @@ from numpy import ndarray
 from residual_memory import correction
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, ReadOnlyMemory, StorageFailure
+from residual_memory.indexes import faiss as faiss_engine
 from residual_memory.indexes import registry
 from residual_memory.indexes.base import Index
 from residual_memory.memory import Memory
@@ -97,6 +98,15 @@ def test_options_of_queries_may_differ_and_are_applied(home: Path, spy: Spy) -> 
         answer(home, "faiss:IVF16,PQ4x4fs?nprobes=2")
 
 
+def test_another_recall_is_chosen_from_what_was_measured_and_nothing_is_built_or_measured(
+    home: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_engine, "calibrated", None)
+    found = [knn_of(Memory.open(home), index=f"faiss:IVF16,PQ4x4fs?recall={recall}") for recall in (0.3, 0.9)]
+    assert found[0].description != found[1].description
+    assert spy.built == []
+
+
 @pytest.mark.parametrize("spec", ["faiss:IVF8,PQ4x4fs", "faiss:IVF16,Flat", "exact", "auto"])
 def test_another_index_is_built_not_loaded(home: Path, spec: str, spy: Spy) -> None:
     answer(home, spec)
@@ -107,7 +117,7 @@ def test_an_automatic_index_is_saved_as_what_it_came_to(
     tmp_path: Path, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EXACT_UP_TO", 100)
-    monkeypatch.setattr(registry, "auto_factory", lambda width, n_rows: f"IVF{n_rows // 100},Flat")
+    monkeypatch.setattr(registry, "auto_factory", lambda width, n_rows, ram: f"IVF{n_rows // 100},Flat")
     with memory_of(PROBLEM, tmp_path / "memory") as memory:
         knn_of(memory, index="auto").save_index()
     answer(tmp_path / "memory", "auto")
@@ -199,7 +209,7 @@ CRAFTED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "name": lambda body: body.update(name=3),
     "description": lambda body: body.update(description=None),
     "measured": lambda body: body.update(measured=[]),
-    "points": lambda body: body.update(measured={"n_queries": 1, "n_neighbors": 1, "points": [{"effort": 1}]}),
+    "points": lambda body: body.update(measured={"n_queries": 1, "n_neighbors": [1], "points": [{"effort": 1}]}),
     "extra": lambda body: body.update(code="import os"),
     "outside": lambda body: body["pieces"]["index"].update(name="../memory/manifest.json"),
     "of the memory": lambda body: body["pieces"]["index"].update(name="manifest.json"),

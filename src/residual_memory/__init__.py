@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from residual_memory.memory import Certificate, Inventory, Memory, salvage
     from residual_memory.models.base import KeyChoice
     from residual_memory.models.building import build_memory
+    from residual_memory.models.parts import join_parts
+    from residual_memory.models.ray import build_memory_on_ray
     from residual_memory.models.sklearn import ResMemClassifier, ResMemRegressor
     from residual_memory.models.torch import (
         ChosenKeys,
@@ -63,6 +65,8 @@ _ROOMS = {
     "ResMemRegressor": "models.sklearn",
     "ResMemForCausalLM": "models.transformers",
     "build_memory": "models.building",
+    "build_memory_on_ray": "models.ray",
+    "join_parts": "models.parts",
     "tune_language": "models.transformers",
     "LanguageSetting": "language",
     "LanguageTuning": "language",
@@ -123,6 +127,7 @@ __all__ = [
     "__version__",
     "audit_privacy",
     "build_memory",
+    "build_memory_on_ray",
     "choose_keys",
     "correct",
     "errors",
@@ -132,6 +137,7 @@ __all__ = [
     "export_memory",
     "exportable",
     "import_memory",
+    "join_parts",
     "key_choices",
     "merge_memories",
     "nearest_fitting",

@@ -44,11 +44,13 @@ class Found:
     ids : of the rows; −1 (or "") where there are fewer than k.
     distances : Euclidean, ascending; +inf where missing.
     weights : what each contributes; 0 where missing.
+    complete : whether all rows were searched; False of a distributed index some parts of which did not answer.
     """
 
     ids: Shaped[ndarray, "q k"]
     distances: Float[ndarray, "q k"]
     weights: Float[ndarray, "q k"]
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,8 @@ class ResidualKNN:
     def neighbors(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Found:
         """The memories that `__call__` would use, nearest first."""
         state, found = self._search(keys, self.n_neighbors, exclude)
-        return Found(_ids_of(state.snapshot, found.rows), found.distances, self._weights(state.snapshot, found))
+        ids, weights = _ids_of(state.snapshot, found.rows), self._weights(state.snapshot, found)
+        return Found(ids, found.distances, weights, found.complete)
 
     def contributions(
         self,
@@ -284,7 +287,7 @@ class ResidualKNN:
             pulled = _targets(state.snapshot, found.rows) - _fitting(predictions, added[:, 0])[:, None, :]
             added = (residual_share * added + (1 - residual_share) * pulled).astype(added.dtype)
         parts = weights[..., None] * added
-        return Found(_ids_of(state.snapshot, found.rows), found.distances, weights), parts
+        return Found(_ids_of(state.snapshot, found.rows), found.distances, weights, found.complete), parts
 
     def recall(self, keys: ArrayLike, n_neighbors: int | None = None, exclude: ArrayLike | None = None) -> Recalled:
         """What the nearest memories hold, for `sparse_residual`: nothing as wide as a large vocabulary is made.

@@ -5,7 +5,8 @@ ResidualMemoryError
 │   ├── DimensionMismatch            keys or predictions of another width than the memory's
 │   ├── DuplicateId                  an id given twice, or already held
 │   ├── UnknownId                    an id that the memory does not hold
-│   └── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
+│   ├── FingerprintMismatch          another model, layer or preprocessing than the memory was built with
+│   └── PathNotShared                a worker on another machine does not see a file or directory
 ├── MissingExtra (ImportError)       an optional package is not installed; the message says which
 ├── BrokenPlugin (ImportError)       an engine of another package cannot be used; the message says which, and why
 ├── MemoryNotFound (FileNotFoundError)
@@ -14,12 +15,16 @@ ResidualMemoryError
 ├── UnsupportedFormat                written by a newer version of the library
 ├── MemoryLocked                     another process is writing
 ├── ReadOnlyMemory                   a change was asked of a read-only handle
+├── WorkerLost                       processes of a cluster died over the same work again and again
+├── ShardDown                        a part of a distributed index does not answer now
 └── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
 
 ResidualMemoryWarning (UserWarning)
 ├── FewerNeighbors                   more neighbours were asked for than there are rows
 ├── HeldRows                         rows that are said to be held out are in the memory
 ├── InSampleResiduals                the base knows its training data too well for residuals to mean much
+├── LowRecall                        an index cannot reach the recall that was asked for
+├── PartialAnswer                    parts of a distributed index did not answer, and their rows are missing
 └── UncalibratedScores               probabilities were made of scores that are none
 """
 
@@ -46,6 +51,10 @@ class UnknownId(InvalidInput):
 
 class FingerprintMismatch(InvalidInput):
     """The memory was built with another model, layer or preprocessing."""
+
+
+class PathNotShared(InvalidInput):
+    """A worker on another machine does not see a file or directory."""
 
 
 class MissingExtra(ResidualMemoryError, ImportError):
@@ -89,6 +98,14 @@ class ReadOnlyMemory(ResidualMemoryError):
     """A change was asked of a read-only or closed handle."""
 
 
+class WorkerLost(ResidualMemoryError):
+    """Processes of a cluster died over the same work again and again."""
+
+
+class ShardDown(ResidualMemoryError):
+    """A part of a distributed index does not answer now; the message says which, why, and what to do."""
+
+
 class StorageFailure(ResidualMemoryError, OSError):
     """The disk refused; the memory is as it was before the call."""
 
@@ -105,8 +122,16 @@ class HeldRows(ResidualMemoryWarning):
     """Rows that are said to be held out are in the memory, so figures on them say something else."""
 
 
+class LowRecall(ResidualMemoryWarning):
+    """However hard an approximate index looks, it finds fewer of the neighbours than was asked for."""
+
+
 class InSampleResiduals(ResidualMemoryWarning):
     """The base fits its training data far better than other data, so in-sample residuals say little."""
+
+
+class PartialAnswer(ResidualMemoryWarning):
+    """Parts of a distributed index did not answer; the answer is of the rows of the others."""
 
 
 class UncalibratedScores(ResidualMemoryWarning):

@@ -7,7 +7,6 @@ grows. A plan that does not fit names the nearest that does.
 import errno
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,15 @@ from numpy import ndarray
 from residual_memory.correction import TABLE_BYTES
 from residual_memory.errors import InvalidInput, StorageFailure
 from residual_memory.indexes.footprint import Footprint, timed
-from residual_memory.indexes.registry import auto_factory, engine_named, parse_spec, planned
+from residual_memory.indexes.registry import (
+    LEAST_NUMBERS,
+    MOST_NUMBERS,
+    compressed,
+    engine_named,
+    parse_spec,
+    planned,
+    usual_cells,
+)
 from residual_memory.machine import existing, free_disk_bytes, free_ram_bytes
 from residual_memory.memory import Memory
 from residual_memory.memory.format import MAX_MANIFEST, Layout, check_layout
@@ -41,8 +48,6 @@ FEW = 8  # probabilities that a row keeps, where whole distributions do not fit
 NARROWER_KEYS = ("float64", "float32", "float16")
 NARROWER_DENSE = ("float64", "float32", "float16")
 NARROWER_TOP_M = ("float64", "float32", "log16", "log8")
-
-_CELLS, _CODES = r"IVF(\d+)", r"PQ(\d+)"
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def estimate(
     check_layout(layout)
     disk = free_disk_bytes(path) if free_disk is None else as_count("free_disk", free_disk)
     ram = free_ram_bytes() if free_ram is None else as_count("free_ram", free_ram)
-    plan = _sized(n, layout, m, _Planned.of(index, d, n), disk, ram)
+    plan = _sized(n, layout, m, _Planned.of(index, d, n, ram), disk, ram)
     return replace(plan, seconds=_probed(plan, Path(path), per_row)) if probe and plan.fits else plan
 
 
@@ -228,7 +233,7 @@ def most_rows(plan: Plan) -> int:
     low, high = 0, plan.n_rows
     while high - low > max(low // 100, 1):
         middle = (low + high) // 2
-        index = _Planned.of(plan.index, plan.layout.dim, middle)
+        index = _Planned.of(plan.index, plan.layout.dim, middle, plan.free_ram)
         fewer = nearest_fitting(_sized(middle, plan.layout, plan.top_m, index, plan.free_disk, plan.free_ram))
         low, high = (low, middle) if fewer is None else (middle, high)
     return low
@@ -259,8 +264,8 @@ class _Planned:
     footprint: Footprint
 
     @staticmethod
-    def of(index: str, dim: int, n_rows: int) -> "_Planned":
-        spec, footprint = planned(index, dim, n_rows)
+    def of(index: str, dim: int, n_rows: int, free_ram: int) -> "_Planned":
+        spec, footprint = planned(index, dim, n_rows, free_ram)
         return _Planned(index, f"{spec.engine}:{spec.build}" if spec.build else spec.engine, footprint)
 
 
@@ -323,13 +328,12 @@ def _compressed(plan: Plan) -> Iterator[tuple[int, _Planned]]:
     """The index that was asked for, and what "auto" takes of many rows with codes that halve, and with fewer cells."""
     dim, n = plan.layout.dim, plan.n_rows
     yield 0, _Planned(plan.index, plan.engine, plan.footprint)
-    factory = auto_factory(dim, n)
-    cells, codes = (int(found[1]) for found in (re.search(_CELLS, factory), re.search(_CODES, factory)) if found)
+    numbers, cells = min(dim, MOST_NUMBERS), usual_cells(n)
     for fewer in range(4):
         for shorter in range(4):
-            if codes % 2**shorter == 0 and cells >> 2 * fewer >= LEAST_CELLS:
-                smaller = re.sub(_CELLS, f"IVF{cells >> 2 * fewer}", re.sub(_CODES, f"PQ{codes >> shorter}", factory))
-                yield 3 + 3 * shorter + 2 * fewer, _Planned.of(f"faiss:{smaller}", dim, n)
+            if numbers >> shorter >= LEAST_NUMBERS and cells >> 2 * fewer >= LEAST_CELLS:
+                smaller = compressed(numbers >> shorter, cells >> 2 * fewer)
+                yield 3 + 3 * shorter + 2 * fewer, _Planned.of(f"faiss:{smaller}", dim, n, plan.free_ram)
 
 
 # ---------------------------------------------------------------------- seconds

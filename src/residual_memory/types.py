@@ -45,14 +45,16 @@ class Neighbors:
     ----------
     distances : Euclidean, ascending; +inf marks a missing neighbour.
     rows : positions in the memory; −1 marks a missing neighbour.
+    complete : whether all rows were searched; False of a distributed index some parts of which did not answer.
     """
 
     distances: Float[ndarray, "q k"]
     rows: Int64[ndarray, "q k"]
+    complete: bool = True
 
     def first(self, k: int) -> "Neighbors":
         """The k nearest alone."""
-        return Neighbors(self.distances[:, :k], self.rows[:, :k])
+        return Neighbors(self.distances[:, :k], self.rows[:, :k], self.complete)
 
     @property
     def farthest(self) -> Float[ndarray, " q"]:

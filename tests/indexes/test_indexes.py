@@ -1,4 +1,5 @@
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.indexes import distances as distances_module
 from residual_memory.indexes.base import IndexSpec, nearest
 from residual_memory.indexes.distances import pair_distances, squared_error
-from residual_memory.indexes.registry import build_index, parse_spec, resolved
+from residual_memory.indexes.registry import auto_factory, build_index, parse_spec, resolved
 from residual_memory.testing import IndexContract
 from residual_memory.testing.problems import clustered, column
 from tests import reference
@@ -104,7 +105,15 @@ def test_auto_is_exact_up_to_a_million_rows_and_quantised_beyond() -> None:
     keys = column(classification(n=200).keys)
     assert build_index(parse_spec("auto"), keys, 0, 200).description.startswith("exact")
     assert resolved(parse_spec("auto"), 512, 1_000_000) == IndexSpec("exact")
-    assert resolved(parse_spec("auto"), 512, 1_000_001) == IndexSpec("faiss", "IVF2048,PQ256x4fs", {"recall": "0.95"})
+    beyond = resolved(parse_spec("auto"), 512, 1_000_001)
+    assert beyond == IndexSpec("faiss", "PCAR128,IVF2048,PQ128x4fs", {"recall": "0.95"})
+    assert resolved(parse_spec("auto?recall=0.99"), 512, 1_000_001) == replace(beyond, options={"recall": "0.99"})
+
+
+def test_auto_has_shorter_codes_where_ram_is_short_and_a_graph_over_many_cells() -> None:
+    assert auto_factory(64, 10**8, 16 << 30) == "PCAR64,IVF32768_HNSW32,PQ64x4fs"
+    assert auto_factory(64, 10**8, 6 << 30) == "PCAR32,IVF32768_HNSW32,PQ32x4fs"
+    assert auto_factory(64, 10**8, 0) == "PCAR16,IVF32768_HNSW32,PQ16x4fs"
 
 
 def test_a_spec_is_an_engine_a_build_and_options() -> None:

@@ -19,6 +19,7 @@ WATCHED = (
     "write",
     "sync",
     "rename",
+    "link",
     "sync_folder",
     "remove",
     "open",

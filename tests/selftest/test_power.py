@@ -19,20 +19,28 @@ SITES: list[Site] = [
     ("sync_folder", "sync"),
     ("sync_folder", "write"),
 ]
+# The same where memories are joined.
+JOINING_SITES: list[Site] = [
+    ("rename", "move"),
+    ("rename", "replace"),
+    ("sync", "replace"),
+    ("sync_folder", "move"),
+    ("sync_folder", "replace"),
+]
 
 
 TRIAL = """
 import sys
-from residual_memory.selftest.power import power_losses
-muted = tuple(sys.argv[2:]) or None
-found = power_losses(most=int(sys.argv[1]), muted=muted, stop_at=1 if muted else 1000)
+from residual_memory.selftest import power
+muted = tuple(sys.argv[3:]) or None
+found = getattr(power, sys.argv[1])(most=int(sys.argv[2]), muted=muted, stop_at=1 if muted else 1000)
 print(dict(states=found.states, violations=found.violations, sites=sorted(found.sites)))
 """
 
 
-def tried(most: int, muted: Site | None = None) -> dict[str, Any]:
+def tried(most: int, muted: Site | None = None, trials: str = "power_losses") -> dict[str, Any]:
     """What power losses did, in a process where no types are checked: there are many."""
-    return ast.literal_eval(in_plain_python(TRIAL, str(most), *(muted or ())))
+    return ast.literal_eval(in_plain_python(TRIAL, trials, str(most), *(muted or ())))
 
 
 def test_no_power_loss_loses_what_was_acknowledged_or_brings_back_what_was_erased() -> None:
@@ -47,6 +55,18 @@ def test_without_any_one_sync_or_rename_a_power_loss_does_harm(muted: Site) -> N
     assert tried(24, muted)["violations"]
 
 
+def test_no_power_loss_loses_a_row_of_memories_that_are_joined() -> None:
+    found = tried(20, trials="joining_losses")
+    assert found["violations"] == ()
+    assert found["states"] > 100
+    assert {*JOINING_SITES, ("sync_folder", "make")} == set(found["sites"])
+
+
+@pytest.mark.parametrize("muted", [site for site in JOINING_SITES if site[0] != "rename"], ids=" in ".join)
+def test_without_any_one_sync_a_power_loss_loses_rows_of_memories_that_are_joined(muted: Site) -> None:
+    assert tried(20, muted, "joining_losses")["violations"]
+
+
 def test_no_sync_or_rename_of_a_memory_is_left_out_of_the_list() -> None:
     tree = ast.parse(inspect.getsource(storage.Directory).lstrip())
     made = {
@@ -56,7 +76,10 @@ def test_no_sync_or_rename_of_a_memory_is_left_out_of_the_list() -> None:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
     }
-    assert {site for site in made if site[0] in ("sync", "rename", "sync_folder")} - {("sync", "put")} == set(SITES)
+    assert {site for site in made if site[0] in ("sync", "rename", "sync_folder")} - {("sync", "put")} == {
+        *SITES,
+        *JOINING_SITES,
+    }
 
 
 def test_the_recorder_does_what_a_disk_does(tmp_path: Path) -> None:

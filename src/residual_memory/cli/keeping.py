@@ -18,6 +18,7 @@ from residual_memory.memory import salvage as salvage_memory
 from residual_memory.memory import verify as verify_memory
 from residual_memory.memory.attributes import is_attribute
 from residual_memory.memory.format import COPY
+from residual_memory.memory.saved import SavedPart
 
 CHANGES = 10  # that info tells of
 
@@ -148,6 +149,7 @@ def info(path: MemoryPath, as_json: Json = False) -> None:
         "source": _source_of(memory),
         "setting": memory.setting,
         "carried": None if held is None else {name: getattr(held, name) for name in _CARRIED},
+        "saved_indexes": [_index_of(part) for part in memory.saved_parts(memory.snapshot)],
         "history": [vars(change) for change in memory.history[-CHANGES:]],
     }
     names = ", ".join(shown(name, 24) for name in (memory.class_names or ())[:6])
@@ -175,11 +177,16 @@ def info(path: MemoryPath, as_json: Json = False) -> None:
                 ("source", _source_text(memory)),
                 ("setting", _setting_text(memory)),
                 *([] if held is None else [("owners", _carried_text(held))]),
+                *(("index", f"{part['rows']:,} rows, {part['index']}") for part in result["saved_indexes"]),
             ]
         ),
         *([_history_table(memory)] if memory.history else []),
         as_json=as_json,
     )
+
+
+def _index_of(part: SavedPart) -> dict[str, Any]:
+    return {"index": part.description, "first_row": part.first, "rows": part.n_rows, "measured": part.measured}
 
 
 _CARRIED = ("owners", "tags", "expired", "next_expiry", "snippets")

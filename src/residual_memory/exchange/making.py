@@ -10,7 +10,7 @@ from residual_memory.exchange.rows import Block
 from residual_memory.memory import Memory, require_empty
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.memory import begun
-from residual_memory.memory.storage import move, part_of
+from residual_memory.memory.storage import Directory, part_of
 from residual_memory.progress import Advance, progress_bar
 
 
@@ -50,7 +50,7 @@ def made(
     try:
         with begun(part, manifest) as memory:
             fill(memory)
-        move(part, Path(path))
+        Directory(part).move(Path(path))
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -7,15 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from residual_memory.errors import DimensionMismatch, DuplicateId, FingerprintMismatch, InvalidInput
+from residual_memory.errors import DuplicateId, FingerprintMismatch, InvalidInput
 from residual_memory.exchange.fields import Exported
 from residual_memory.exchange.making import made
 from residual_memory.exchange.rows import Block
 from residual_memory.memory import Memory
 from residual_memory.memory.format import Manifest
+from residual_memory.memory.joining import check_kinds, check_same, first_known
 from residual_memory.memory.memory import described
-
-_WIDTHS = ("dim", "n_outputs", "top_m")
 
 
 def merge_memories(
@@ -59,13 +58,13 @@ def merge_memories(
     manifests = [memory.snapshot.manifest for memory in memories]
     names = [_name(memory, place) for place, memory in enumerate(memories)]
     for manifest, name in zip(manifests[1:], names[1:], strict=True):
-        _check_same(manifests[0], names[0], manifest, name)
+        check_same(manifests[0], names[0], manifest, name)
         if check_source and manifest.source != manifests[0].source:
             raise FingerprintMismatch(
                 f"{name} has another source than {names[0]}; "
                 "merge memories of one model, layer and data, or leave the check out (check_source=False)"
             )
-    _check_kinds(manifests, names, ["group_kind"] if ids == "new" else ["id_kind", "group_kind"])
+    check_kinds(manifests, names, ["group_kind"] if ids == "new" else ["id_kind", "group_kind"])
     exported = [Exported(memory) for memory in memories]
     if ids == "keep":
         _check_ids(exported, names)
@@ -79,18 +78,14 @@ def _merged(manifests: Sequence[Manifest], ids: str) -> Manifest:
     options = {**vars(first.layout), "class_names": first.class_names, "source": first.source}
     known: dict[str, Any] = {
         "setting": first.setting if all(manifest.setting == first.setting for manifest in manifests) else None,
-        "top_m": _first_known(manifests, "top_m"),
-        "group_kind": _first_known(manifests, "group_kind"),
+        "top_m": first_known(manifests, "top_m"),
+        "group_kind": first_known(manifests, "group_kind"),
     }
     if ids == "keep":
-        known |= {"id_kind": _first_known(manifests, "id_kind"), "next_id": max(m.next_id for m in manifests)}
+        known |= {"id_kind": first_known(manifests, "id_kind"), "next_id": max(m.next_id for m in manifests)}
     elif any(manifest.id_kind for manifest in manifests):
         known["id_kind"] = "integer"
     return replace(described(**options), **known)
-
-
-def _first_known(manifests: Sequence[Manifest], name: str) -> Any:
-    return next((found for manifest in manifests if (found := getattr(manifest, name)) is not None), None)
 
 
 def _blocks(exported: Sequence[Exported], ids: str) -> Iterator[Block]:
@@ -100,29 +95,6 @@ def _blocks(exported: Sequence[Exported], ids: str) -> Iterator[Block]:
             numbers = np.arange(first, first + len(block)) if ids == "new" else block.ids
             yield replace(block, first=first, ids=numbers)
             first += len(block)
-
-
-def _check_same(first: Manifest, first_name: str, other: Manifest, name: str) -> None:
-    """Refuse two memories whose rows are not alike."""
-    pairs = {layout: (getattr(first.layout, layout), getattr(other.layout, layout)) for layout in vars(first.layout)}
-    if None not in (first.top_m, other.top_m):
-        pairs["top_m"] = (first.top_m, other.top_m)
-    pairs["class_names"] = (first.class_names, other.class_names)
-    for what, (was, found) in pairs.items():
-        if was != found:
-            kind = DimensionMismatch if what in _WIDTHS else InvalidInput
-            raise kind(f"{name} has {what} {_short(found)}, but {first_name} has {_short(was)}")
-
-
-def _check_kinds(manifests: Sequence[Manifest], names: Sequence[str], kinds: Sequence[str]) -> None:
-    """Refuse memories whose rows have other kinds of ids or groups; those that never had rows fit all."""
-    filled = [(manifest, name) for manifest, name in zip(manifests, names, strict=True) if manifest.id_kind]
-    for kind in kinds:
-        for manifest, name in filled[1:]:
-            was, found = getattr(filled[0][0], kind), getattr(manifest, kind)
-            if was != found:
-                what, here = kind.removesuffix("_kind") + "s", filled[0][1]
-                raise InvalidInput(f"{what} of {name}: {found or 'none'}, but of {here}: {was or 'none'}")
 
 
 def _check_ids(exported: Sequence[Exported], names: Sequence[str]) -> None:
@@ -145,8 +117,3 @@ def _check_ids(exported: Sequence[Exported], names: Sequence[str]) -> None:
 
 def _name(memory: Memory, place: int) -> str:
     return f"memory {place + 1} " + ("in RAM" if memory.path is None else f"at {memory.path}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

@@ -9,7 +9,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ class IndexSpec:
     Attributes
     ----------
     engine : a name of `registry`.
-    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann.
+    build : what stands behind the colon: a backend of "exact", a factory string of faiss, options of scann, shards of
+        ray.
     options : what stands behind the question mark.
     """
 
@@ -57,10 +58,12 @@ class Candidates:
     rows : in any order; −1 where there are no more.
     bounds : squared distance below which no row was left out, +inf where all rows are listed; None for an engine that
         promises nothing.
+    complete : whether all rows were looked at; False where parts of a distributed index did not answer.
     """
 
     rows: Int64[ndarray, "q s"]
     bounds: Float[ndarray, " q"] | None
+    complete: bool = True
 
 
 class Index(ABC):
@@ -239,23 +242,29 @@ def nearest(
     """
     found = Neighbors(np.full((len(queries), n_neighbors), np.inf), np.full((len(queries), n_neighbors), -1, np.int64))
     queries = queries.astype(precision_of(keys), copy=False)
-    n_rows = len(keys)
+    n_rows, complete = len(keys), True
 
     def rank(block: Int64[ndarray, " m"], rows: Int64[ndarray, "m s"]) -> None:
         ranked = _rescored(keys, queries[block], block, rows, n_neighbors, tie_ranks, usable, reject)
         k = ranked.rows.shape[1]
         found.distances[block, :k], found.rows[block, :k] = ranked.distances, ranked.rows
 
-    pending, wanted = np.arange(len(queries)), n_neighbors + 8 + n_neighbors // 8
+    pending, wanted = np.arange(len(queries)), listed_for(n_neighbors)
     while len(pending) and n_rows:
         wanted = min(wanted, n_rows)
         unsettled = []
         for block in np.array_split(pending, -(-len(pending) * wanted * len(parts) // WIDEST_BLOCK)):
             listed = _merged([_listed(part, queries[block], wanted, usable) for part in parts])
+            complete = complete and listed.complete
             in_threads(rank, block, listed.rows)
             unsettled.append(block[~_settled(listed, found.distances[block], wanted >= n_rows)])
         pending, wanted = np.concatenate(unsettled), wanted * 4
-    return found
+    return replace(found, complete=complete)
+
+
+def listed_for(n_neighbors: int) -> int:
+    """How many rows an index is asked for, so that some may be rejected or tie."""
+    return n_neighbors + 8 + n_neighbors // 8
 
 
 def in_threads(
@@ -280,9 +289,11 @@ def _listed(part: Index, queries: Float[ndarray, "m d"], wanted: int, usable: Us
         return listed
     forgotten = (~usable.rows[listed.rows] & (listed.rows >= 0)).sum(axis=1)
     crowded = np.flatnonzero(forgotten * MOST_FORGOTTEN > listed.rows.shape[1])
-    if len(crowded):
-        listed.rows[crowded] = part.candidates(queries[crowded], wanted, usable).rows
-    return listed
+    if not len(crowded):
+        return listed
+    again = part.candidates(queries[crowded], wanted, usable)
+    listed.rows[crowded] = again.rows
+    return replace(listed, complete=listed.complete and again.complete)
 
 
 def _rescored(
@@ -344,4 +355,5 @@ def _merged(listed: Sequence[Candidates]) -> Candidates:
         return listed[0]
     promised = [part.bounds for part in listed if part.bounds is not None]
     rows = np.concatenate([part.rows for part in listed], axis=1)
-    return Candidates(rows, np.min(promised, axis=0) if len(promised) == len(listed) else None)
+    bounds = np.min(promised, axis=0) if len(promised) == len(listed) else None
+    return Candidates(rows, bounds, all(part.complete for part in listed))

@@ -11,15 +11,17 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import Measured
+from residual_memory.indexes.base import Measured, listed_for
 from residual_memory.indexes.distances import KeySource, pair_distances
 
-QUERIES, NEIGHBORS = 500, 50
-LISTED = NEIGHBORS + 8 + NEIGHBORS // 8  # as `nearest` asks for that many neighbours
+QUERIES = 500
+# The recall of a shortlist of so many times k falls as k does, where keys lie in clusters: the least of three counts.
+NEIGHBORS = (10, 25, 50)
+LISTED = listed_for(max(NEIGHBORS))
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 ENOUGH, NO_GAIN = 0.999, 0.0005  # recall at which no harder search is tried, and a gain that is none
 MARGIN = 0.25  # of the misses that are allowed, left for queries that are not the sample
@@ -38,7 +40,7 @@ class Point:
     ----------
     effort : cells, or vertices of a graph, that a query looks at; 0 for an index that always looks at everything.
     k_factor : how many times k the shortlist is long.
-    recall : share of the true neighbours that were in the shortlist.
+    recall : share of the true neighbours that were in the shortlist, for the number of them that is hardest to find.
     seconds : a query, the scoring of its shortlist included.
     """
 
@@ -50,10 +52,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of an index."""
+    """What was measured of an index.
+
+    Attributes
+    ----------
+    n_neighbors : for each of which recall was measured.
+    """
 
     n_queries: int
-    n_neighbors: int
+    n_neighbors: tuple[int, ...]
     points: tuple[Point, ...]
 
     def cheapest(self, recall: float, named: Mapping[str, float]) -> Point:
@@ -82,7 +89,7 @@ class Calibration:
         """
         try:
             points = [Point(**{name: float(entry[name]) for name in _NUMBERS}) for entry in body["points"]]
-            return Calibration(int(body["n_queries"]), int(body["n_neighbors"]), tuple(points))
+            return Calibration(int(body["n_queries"]), tuple(map(int, body["n_neighbors"])), tuple(points))
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"what was measured of a saved index cannot be read: {error!r}") from error
 
@@ -123,8 +130,8 @@ def calibrated(
     """
     rows = _asked(first, n_rows, without)
     queries = np.ascontiguousarray(keys.take(rows), np.float32)
-    k = min(NEIGHBORS, n_rows - 1)
-    reach = _true_reach(keys, first, n_rows, queries, rows, k)
+    counts = tuple(k for k in NEIGHBORS if k < n_rows) or (max(n_rows - 1, 1),)
+    reach = _true_reach(keys, first, n_rows, queries, rows, counts)
     lengths = [min(int(LISTED * factor), n_rows) for factor in factors]
     points: list[Point] = []
     best = 0.0
@@ -132,16 +139,25 @@ def calibrated(
         search = lister(effort)
         short, _ = _timed(partial(search, queries, lengths[0]))
         whole, listed = _timed(partial(search, queries, lengths[-1]))
-        scoring, near = _timed(partial(_near, keys, queries, rows, listed, reach))
+        scoring, distances = _timed(partial(pair_distances, keys, queries, listed))
         each = (max(whole - short, 0.0) + scoring) / max(lengths[-1] - lengths[0], 1)
-        hits = np.minimum(near.cumsum(axis=1), k)
+        distances[listed == rows[:, None]] = np.inf
         for factor, length in zip(factors, lengths, strict=True):
-            recall = float(hits[:, length - 1].mean() / k) if k else 1.0
-            points.append(Point(effort, factor, recall, (short + each * length) / len(queries)))
+            recalls = [
+                _recall(distances[:, : int(listed_for(k) * factor)], near, k)
+                for k, near in zip(counts, reach, strict=True)
+            ]
+            points.append(Point(effort, factor, min(recalls), (short + each * length) / len(queries)))
         if points[-1].recall >= ENOUGH or 0 < best >= points[-1].recall - NO_GAIN:
             break
         best = points[-1].recall
-    return Calibration(len(queries), k, tuple(points))
+    return Calibration(len(queries), counts, tuple(points))
+
+
+def _recall(distances: Float[ndarray, "q s"], reach: Float[ndarray, " q"], k: int) -> float:
+    """Share of the k true neighbours that are listed: by distance, so that ties do no harm."""
+    near = (distances <= reach[:, None] * (1 + SAME)).sum(axis=1)
+    return float(np.minimum(near, k).mean() / k)
 
 
 def _asked(first: int, n_rows: int, without: Int64[ndarray, " t"]) -> Int64[ndarray, " q"]:
@@ -157,33 +173,39 @@ def _timed(work: Callable[[], _Result]) -> tuple[float, _Result]:
     return time.perf_counter() - started, result
 
 
-def _near(
-    keys: KeySource,
-    queries: Float[ndarray, "q d"],
-    own: Int64[ndarray, " q"],
-    listed: Int64[ndarray, "q s"],
-    reach: Float[ndarray, " q"],
-) -> Bool[ndarray, "q s"]:
-    """Which listed rows are among the true neighbours: by distance, so that ties do no harm."""
-    return (pair_distances(keys, queries, listed) <= reach[:, None] * (1 + SAME)) & (listed != own[:, None])
+def true_distances(
+    keys: KeySource, first: int, n_rows: int, queries: Float[ndarray, "q d"], k: int
+) -> tuple[Float[ndarray, "q k"], Int64[ndarray, "q k"]]:
+    """Distances to the k nearest of the rows `first` … `first + n_rows − 1`, ascending, and those rows.
 
-
-def _true_reach(
-    keys: KeySource, first: int, n_rows: int, queries: Float[ndarray, "q d"], own: Int64[ndarray, " q"], k: int
-) -> Float[ndarray, " q"]:
-    """Distance of each query to its k-th true neighbour, by faiss over all keys."""
+    By faiss, block by block: nothing as large as the keys is held.
+    """
     import faiss
 
-    heap = faiss.ResultHeap(len(queries), k + 1)  # itself is among them
+    heap = faiss.ResultHeap(len(queries), k)
     start = first
     for block in _within(keys.blocks(KEYS_PER_BLOCK, first), n_rows):
-        squared, rows = faiss.knn(queries, np.ascontiguousarray(block, np.float32), min(k + 1, len(block)))
+        squared, rows = faiss.knn(queries, np.ascontiguousarray(block, np.float32), min(k, len(block)))
         heap.add_result(squared, rows + start)
         start += len(block)
     heap.finalize()
-    others = pair_distances(keys, queries, heap.I)
-    others[heap.I == own[:, None]] = -np.inf
-    return np.sort(others, axis=1)[:, -1] if k else np.zeros(len(queries))
+    distances = pair_distances(keys, queries, heap.I)
+    order = np.argsort(distances, axis=1)
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(heap.I, order, 1)
+
+
+def _true_reach(
+    keys: KeySource,
+    first: int,
+    n_rows: int,
+    queries: Float[ndarray, "q d"],
+    own: Int64[ndarray, " q"],
+    counts: Sequence[int],
+) -> list[Float[ndarray, " q"]]:
+    """Distance of each query to its k-th true neighbour, itself left out, for each k."""
+    distances, rows = true_distances(keys, first, n_rows, queries, max(counts) + 1)
+    others = np.sort(np.where(rows == own[:, None], np.inf, distances), axis=1)
+    return [others[:, k - 1] for k in counts]
 
 
 def _within(blocks: Iterator[ndarray], n_rows: int) -> Iterator[ndarray]:

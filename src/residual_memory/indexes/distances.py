@@ -6,7 +6,7 @@ work, otherwise numpy's; the two agree to the rounding of the sum.
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,6 +45,9 @@ class KeySource(Protocol):
         """The keys of these rows in the order in which they are read fastest, and the place of each row's."""
 
     def blocks(self, size: int, first: int = 0) -> Iterator[Shaped[ndarray, "b d"]]: ...
+
+    def opener(self, first: int, n_rows: int) -> "Callable[[], KeySource]":
+        """What gives some of the rows, numbered from 0, in another process, to which it can be sent."""
 
 
 def pair_distances(

@@ -90,7 +90,7 @@ def build_time(factory: str, dim: int, n_rows: int) -> BuildTime:
     InvalidInput : if faiss does not know the factory.
     """
     sample = training_size(dim, n_rows, factory)
-    examples = ExampleKeys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim)
+    examples = ExampleKeys(example_keys(max(1, min(PROBE_ROWS, n_rows, PROBE_ROW_BYTES // (4 * dim))), dim))
     keys = examples.whole
     wide = _taken_apart(dim, factory)  # kept: faiss's parts live as long as their whole
     lists = wide.lists
@@ -200,6 +200,8 @@ def _transform_seconds(transform: Any, keys: Float[ndarray, "n d"], sample: int)
         iterations = transform.niter - 1 + transform.niter_pq_0 / transform.niter_pq
         transform.niter, transform.niter_pq_0 = 1, transform.niter_pq
         most, some = min(sample, transform.max_train_points), keys[:OPQ_ROWS]
+    elif hasattr(transform, "max_points_per_d"):
+        most = min(sample, transform.max_points_per_d * transform.d_in)
     return timed(lambda: transform.train(some)) * iterations * max(most / len(some), 1.0)
 
 
@@ -252,7 +254,7 @@ def _measuring_seconds(parts: _Parts, factory: str, cells: int, keys: ExampleKey
     listed = np.random.default_rng(0).integers(0, len(keys), (len(asked), length))
     scoring = timed(lambda: pair_distances(keys, asked, listed)) / len(asked)
     longer = 2 * long if _is_graph(parts.inner) else max(long - short, 0.0)
-    everyone, near = example_keys(QUERIES, keys.width), min(NEIGHBORS, len(keys))
+    everyone, near = example_keys(QUERIES, keys.width), min(max(NEIGHBORS), len(keys))
     reach = seconds_per_row(lambda some: faiss.knn(everyone, some, min(near, len(some))), keys.whole, PROBE_SECONDS)
     return QUERIES * (len(efforts_of(factory)) * (longer + scoring) + through * short) + n_rows * reach
 

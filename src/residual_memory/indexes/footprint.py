@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -44,9 +45,9 @@ class BuildTime:
 class ExampleKeys:
     """Made-up keys in RAM to time with: variances that fall as 1/i, as those of network layers do."""
 
-    def __init__(self, n_rows: int, dim: int) -> None:
-        self.whole = example_keys(n_rows, dim)
-        self.dtype, self.width, self.n_parts = self.whole.dtype, dim, 1
+    def __init__(self, whole: Float[ndarray, "n d"]) -> None:
+        self.whole = whole
+        self.dtype, self.width, self.n_parts = whole.dtype, whole.shape[1], 1
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -59,6 +60,9 @@ class ExampleKeys:
 
     def blocks(self, size: int, first: int = 0) -> Iterator[Float[ndarray, "b d"]]:
         return (self.whole[start : start + size] for start in range(first, len(self.whole), size))
+
+    def opener(self, first: int, n_rows: int) -> "Callable[[], ExampleKeys]":
+        return partial(ExampleKeys, self.whole[first : first + n_rows])
 
 
 def example_keys(n_rows: int, dim: int) -> Float[ndarray, "n d"]:
@@ -78,7 +82,7 @@ def extrapolated(
     some : rows of the larger of the two; the other has half as many.
     power : of the rows, with which the second part grows.
     """
-    keys = ExampleKeys(some, dim)
+    keys = ExampleKeys(example_keys(some, dim))
     build(keys, some // 2)  # threads are started, pages touched
     half, whole = timed(lambda: build(keys, some // 2)), timed(lambda: build(keys, some))
     grown = max(whole - half, 0.0) / (1 - 0.5**power)  # what grows, of `some` rows

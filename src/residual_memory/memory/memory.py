@@ -573,7 +573,7 @@ class Memory:
             rows, changes = after()
             forgotten = np.zeros(0, np.int64) if "forgotten" in changes else before.forgotten
             changes |= {"segments": tuple(segments), "library": __version__}
-            self._commit(before.manifest.with_changes(what, rows, _now(), **changes), held, forgotten)
+            self._commit(before.manifest.with_changes(what, rows, now(), **changes), held, forgotten)
         except BaseException:
             self._discard(written)
             raise
@@ -581,7 +581,7 @@ class Memory:
     def _commit_description(self, what: str, **changes: Any) -> None:
         with self._changing:
             self._require_writable()
-            manifest = self._snapshot.manifest.with_changes(what, 0, _now(), **changes)
+            manifest = self._snapshot.manifest.with_changes(what, 0, now(), **changes)
             self._commit(manifest, self._snapshot.tables, self._snapshot.forgotten)
 
     def _commit_forgotten(self, gone: Int64[ndarray, " g"], n_new: int) -> None:
@@ -599,7 +599,7 @@ class Memory:
         written: list[str] = []
         try:
             file = self._write("gone", before.version + 1, forgotten_table(gone, before.n_rows), written)
-            manifest = before.manifest.with_changes("forget", n_new, _now(), forgotten=Segment(file, len(gone)))
+            manifest = before.manifest.with_changes("forget", n_new, now(), forgotten=Segment(file, len(gone)))
             self._commit(manifest, before.tables, gone)
         except BaseException:
             self._discard(written)
@@ -674,7 +674,7 @@ class Memory:
         found = None if traces is None or directory is None else search(directory, snapshot, traces)
         return Certificate(
             memory=None if directory is None else directory.path.absolute().name,
-            at=_now(),
+            at=now(),
             library=__version__,
             version_before=before.version,
             version=snapshot.version,
@@ -712,7 +712,7 @@ def described(
     names = None if class_names is None else tuple(str(name) for name in class_names)
     if names is not None and len(names) != n_outputs:
         raise InvalidInput(f"there are {len(names)} class_names for n_outputs = {n_outputs}")
-    return Manifest(layout, __version__, class_names=names, source=source, created=_now())
+    return Manifest(layout, __version__, class_names=names, source=source, created=now())
 
 
 def begun(path: "str | os.PathLike[str] | Directory | None", manifest: Manifest) -> Memory:
@@ -743,7 +743,7 @@ def begun(path: "str | os.PathLike[str] | Directory | None", manifest: Manifest)
 
 def filled(path: str | os.PathLike[str], manifest: Manifest, tables: Iterable[Table]) -> Memory:
     """A new memory of which the manifest is true, but for its rows, which are these, in their stored form."""
-    bare = replace(manifest, segments=(), forgotten=None, history=(), version=0, generation=0, created=_now())
+    bare = replace(manifest, segments=(), forgotten=None, history=(), version=0, generation=0, created=now())
     memory = begun(path, bare)
     rows = 0
 
@@ -813,5 +813,6 @@ def _known_rows(snapshot: Snapshot, ids: Shaped[ndarray, " b"]) -> Int64[ndarray
     return rows
 
 
-def _now() -> str:
+def now() -> str:
+    """The moment as a manifest says it, in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -26,7 +26,7 @@ from residual_memory.memory.reading import (
 )
 from residual_memory.memory.segments import table_of
 from residual_memory.memory.snapshot import Snapshot, Table
-from residual_memory.memory.storage import Damage, Directory, FileRecord, move, part_of
+from residual_memory.memory.storage import Damage, Directory, FileRecord, part_of
 from residual_memory.memory.tensors import Header, header_bytes
 
 
@@ -80,7 +80,7 @@ def salvage(path: str | os.PathLike[str], to: str | os.PathLike[str], *, keep_fo
     try:
         with filled(part, manifest, _saved(manifest, parts, alive)) as memory:
             rows = len(memory)
-        move(part, Path(to))
+        Directory(part).move(Path(to))
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -1,8 +1,8 @@
 """One version of a memory's rows, immutable: what queries read while a writer goes on."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, Integer, Shaped
@@ -18,6 +18,7 @@ from residual_memory.memory.attributes import (
 )
 from residual_memory.memory.format import Manifest
 from residual_memory.memory.lookup import SegmentIds, all_ascending, find_rows
+from residual_memory.memory.storage import MappedPlace, mapped_place
 from residual_memory.residuals import classification_residuals, dense, regression_residuals
 from residual_memory.types import TopM
 
@@ -97,11 +98,25 @@ class Column:
 
         return order, runs()
 
+    def opener(self, first: int, n_rows: int) -> "Callable[[], Column]":
+        """What gives some of the rows, numbered from 0, in another process, to which it can be sent.
+
+        Rows that lie in files are read there from the files; others travel with it.
+        """
+        cuts = np.clip(np.array([first, first + n_rows]) - self._starts[:-1, None], 0, None).tolist()
+        pieces = [part[begin:end] for part, (begin, end) in zip(self._parts, cuts, strict=True)]
+        sent = [mapped_place(piece) or np.ascontiguousarray(piece) for piece in pieces if len(piece)]
+        return partial(_opened, sent, np.array(self._parts[0][:0]))
+
     def blocks(self, size: int, first: int = 0) -> Iterator[ndarray]:
         """The rows from `first` on in blocks of at most `size`; no block spans two segments."""
         for start, part in zip(self._starts, self._parts, strict=False):
             for begin in range(max(0, first - int(start)), len(part), size):
                 yield np.asarray(part[begin : begin + size])
+
+
+def _opened(pieces: Sequence[ndarray | MappedPlace], empty: ndarray) -> Column:
+    return Column([piece if isinstance(piece, ndarray) else piece.open() for piece in pieces], empty)
 
 
 class Snapshot:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import os
+import platform
 import secrets
 import stat
 import threading
@@ -15,14 +16,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy import ndarray
 
-from residual_memory.errors import CorruptFile, MemoryLocked, StorageFailure
+from residual_memory.errors import CorruptFile, MemoryLocked, PathNotShared, StorageFailure
 
 LOCK = "lock"
 RESERVE = "reserve"
@@ -31,6 +32,7 @@ MAX_CHUNKS = 1024
 MIN_CHUNK = 1 << 20
 PIECE = 1 << 18  # bytes that are read and summed at a time: they stay in the cache of a core
 SPAN = 16 << 20  # bytes that a thread checks at a time
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)  # a second name cannot be had
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,50 @@ class Damage:
     last: int
 
 
+@dataclass(frozen=True)
+class MappedPlace:
+    """Where an array lies that is mapped from a file.
+
+    Attributes
+    ----------
+    path : of the file.
+    dtype, shape : of the array.
+    offset : bytes of the file before it.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def open(self) -> ndarray:
+        """The array, in this process.
+
+        Raises
+        ------
+        PathNotShared : if the file is not here.
+        StorageFailure : if it cannot be read.
+        """
+        directory = Directory(self.path.parent)
+        if directory.length(self.path.name) is None:
+            raise PathNotShared(
+                f"{self.path} is not to be seen on {platform.node()}; the memory must be on a file system that all "
+                "machines share, and if it was compacted meanwhile, refreshed"
+            )
+        return directory.map(self.path.name, self.dtype, self.shape, self.offset)
+
+
+def mapped_place(array: ndarray) -> MappedPlace | None:
+    """Where an array lies; None of one that is in RAM, or not in one piece."""
+    mapped: Any = array
+    while mapped is not None and not isinstance(mapped, np.memmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is None or mapped.filename is None or not array.flags.c_contiguous:
+        return None
+    offset = mapped.offset + array.ctypes.data - mapped.ctypes.data
+    return MappedPlace(Path(mapped.filename), array.dtype, array.shape, offset)
+
+
 class Disk:
     """The calls to the system that a memory makes, and no others."""
 
@@ -91,6 +137,10 @@ class Disk:
 
     def rename(self, before: Path, after: Path) -> None:
         os.replace(before, after)
+
+    def link(self, before: Path, after: Path) -> None:
+        """Give a file a second name."""
+        os.link(before, after)
 
     def sync_folder(self, folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -207,6 +257,46 @@ class Directory:
                 self.remove(part.name)
                 raise
             self._disk.sync_folder(self.path)
+
+    def take_over(self, home: "Directory", record: FileRecord, name: str) -> FileRecord:
+        """Have a file of another directory here too, by a second name of it; by a copy where there can be none.
+
+        The name is not safe before the next `replace`; the other directory stays as it is.
+
+        Raises
+        ------
+        CorruptFile : if a copy is not, to the byte, what was written.
+        StorageFailure : if the disk refuses.
+        """
+        target = self.path / name
+        with _refusals(target):
+            try:
+                self._disk.link(home.path / record.name, target)
+                return replace(record, name=name)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+        copied = self.write(name, home.blocks(record.name, MIN_CHUNK, 0), record.length)
+        if copied != replace(record, name=name):
+            self.remove(name)
+            raise CorruptFile(f"{home.path / record.name} is damaged")
+        return copied
+
+    def move(self, path: Path) -> None:
+        """Give the directory, which is whole, its name, durably.
+
+        Raises
+        ------
+        StorageFailure : if the disk refuses; it has its old name still, unless the last step failed.
+        """
+        with _refusals(path):
+            self._disk.rename(self.path, path)
+            self.path = path
+            self._disk.sync_folder(path.absolute().parent)
+
+    def beside(self, path: Path) -> "Directory":
+        """Another directory on the same disk."""
+        return Directory(path, self._disk)
 
     def put(self, name: str, content: bytes) -> bool:
         """Put a file down that may be lost at any time, without waiting for the disk; whether it is there now."""
@@ -463,19 +553,6 @@ class _Through(io.RawIOBase):
 def part_of(path: Path) -> Path:
     """A free name beside a path, for what is not whole yet."""
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}{PART}")
-
-
-def move(part: Path, path: Path) -> None:
-    """Give what is whole its name, durably.
-
-    Raises
-    ------
-    StorageFailure : if the disk refuses.
-    """
-    disk = Disk()
-    with _refusals(path):
-        disk.rename(part, path)
-        disk.sync_folder(path.parent)
 
 
 class _Checksums:

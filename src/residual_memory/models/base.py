@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -81,6 +81,17 @@ class Source:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Source":
         return Source(**values)
+
+    @property
+    def part(self) -> tuple[int, int, int] | None:
+        """First row, end, and how many rows the whole has, of a part; None of a whole memory."""
+        found = self.data.get("part")
+        return None if found is None else (int(found[0]), int(found[1]), int(found[2]))
+
+    @property
+    def whole(self) -> "Source":
+        """That of the whole which this is a part of."""
+        return replace(self, data={name: value for name, value in self.data.items() if name != "part"})
 
     def check(self, found: "Source", where: str, *, data: bool) -> None:
         """Refuse a model, layer or (when building) data set that the memory was not built with.
@@ -221,6 +232,18 @@ def opened(path: str | os.PathLike[str] | None, source: Source, **options: Any) 
         memory.close()
         raise
     return memory
+
+
+def part_of_rows(part: range, n_rows: int) -> list[int]:
+    """A part as a source says it: its first row, its end, and how many rows there are.
+
+    Raises
+    ------
+    InvalidInput : if it is no range of the rows.
+    """
+    if part.step != 1 or not 0 <= part.start < part.stop <= n_rows:
+        raise InvalidInput(f"part is {part}, expected range(first, end) within the {n_rows:,} rows")
+    return [part.start, part.stop, n_rows]
 
 
 def place_of_memory(memory: Memory) -> str:

@@ -30,7 +30,7 @@ def build_memory(model: Any, dataset: Any, path: str | os.PathLike[str] | None, 
     InvalidInput : if the data are empty or no items of either kind, or an option does not fit.
     FingerprintMismatch : if `path` holds a memory of another model, layer or data set.
     """
-    if _is_text(dataset):
+    if is_text(dataset):
         from residual_memory.models import transformers
 
         return transformers.build_memory(model, dataset, path, **options)
@@ -39,7 +39,7 @@ def build_memory(model: Any, dataset: Any, path: str | os.PathLike[str] | None, 
     return torch.build_memory(model, dataset, path, **options)
 
 
-def _is_text(dataset: Any) -> bool:
+def is_text(dataset: Any) -> bool:
     """Whether the first item is a mapping with `input_ids`; streams are text, since examples (x, y) come by number."""
     if isinstance(dataset, Mapping):
         raise InvalidInput(

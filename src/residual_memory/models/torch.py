@@ -23,6 +23,7 @@ from residual_memory.models.base import (
     Side,
     Source,
     opened,
+    part_of_rows,
     place_of_memory,
     warn_if_in_sample,
 )
@@ -79,6 +80,7 @@ def build_memory(
     autocast: "torch.dtype | None" = None,
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    part: range | None = None,
     verbose: bool = True,
 ) -> Memory:
     """Run a model once over its data and keep what it could not learn.
@@ -112,6 +114,8 @@ def build_memory(
     batch_size : has no effect on the result beyond rounding.
     autocast : torch.bfloat16 or torch.float16 for a faster pass.
     num_workers, collate_fn : of the data loader.
+    part : which rows to observe, by number, for a memory that others help to build: `join_parts` makes one of all
+        parts. None observes all.
     verbose : say what was chosen, and show progress, on stderr.
 
     Returns
@@ -147,6 +151,8 @@ def build_memory(
             for place, name in enumerate(names, 1)
         ]
         known |= {"copies": names, "first_copies": firsts}
+    if part is not None:
+        known |= {"part": part_of_rows(part, len(rows))}  # type: ignore[arg-type]
     source = watch.source(known)
     own = _out_of_fold(predictions, chosen_task, n_items)
     own_ids = None if ids is None else as_ids(ids, n_items)
@@ -167,7 +173,8 @@ def build_memory(
     if Source.from_dict(memory.source or {}).complete:
         return memory
     try:
-        losses = _build(memory, watch, rows, n_items, own, own_ids, batch_size, num_workers, collate, verbose)
+        wanted = np.arange(len(rows)) if part is None else np.asarray(part)  # type: ignore[arg-type]
+        losses = _build(memory, watch, rows, wanted, n_items, own, own_ids, batch_size, num_workers, collate, verbose)
         memory.save_source(replace(source, complete=True).to_dict())
     except BaseException:
         memory.close()  # another call may go on where this one stopped
@@ -181,6 +188,7 @@ def _build(
     memory: Memory,
     watch: "Watch",
     dataset: "Dataset[Any]",
+    wanted: Int64[ndarray, " w"],
     n_items: int,
     own: Float[ndarray, "n c"] | None,
     names: Shaped[ndarray, " n"] | None,
@@ -189,21 +197,24 @@ def _build(
     collate: Callable[[list[Any]], Any],
     verbose: bool,
 ) -> Float[ndarray, " r"]:
-    """Observe the rows that the memory does not hold yet; returns the base's losses on them, none if out of fold."""
-    n_rows = len(dataset)  # type: ignore[arg-type]
+    """Observe those of the rows that the memory does not hold yet.
+
+    Returns
+    -------
+    The base's losses on them, none if out of fold.
+    """
     layout = memory.layout
-    held = np.isin(np.arange(n_rows) if names is None else names, memory.ids)
-    missing = np.flatnonzero(~held)
+    held = np.isin(wanted if names is None else names[wanted], memory.ids)
+    missing, n_done = wanted[~held], int(held.sum())
     losses = [np.zeros(0)]
-    n_done = n_rows - len(missing)
-    with progress_bar("building", n_rows, done=n_done, shown=verbose) as advance, Builder(memory) as builder:
+    with progress_bar("building", len(wanted), done=n_done, shown=verbose) as advance, Builder(memory) as builder:
         for seen in _observed(watch, dataset, missing, batch_size, num_workers, collate):
             as_labels(seen.labels, layout.task, layout.n_outputs, len(seen))
             if own is not None:
                 seen = replace(seen, predictions=own[seen.ids % n_items])
             else:
                 losses.append(_losses(seen, layout.task))
-            if n_rows > n_items:
+            if len(dataset) > n_items:  # type: ignore[arg-type]
                 seen = replace(seen, groups=seen.ids % n_items)
             builder.add(seen if names is None else replace(seen, ids=names[seen.ids]))
             advance(len(seen))

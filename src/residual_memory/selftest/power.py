@@ -14,7 +14,7 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,11 +23,13 @@ import numpy as np
 
 from residual_memory.errors import ResidualMemoryError
 from residual_memory.memory import Memory, storage
+from residual_memory.memory.joining import joined
 from residual_memory.memory.storage import LOCK, RESERVE, Directory, Disk
-from residual_memory.selftest.workload import Step, create, folder_in_ram, state_of, steps, trace_of
+from residual_memory.selftest.workload import Step, add, create, folder_in_ram, state_of, steps, trace_of
 
 SECTOR = 512
 WORKLOAD = ("append", "append", "forget", "append", "setting", "compact", "forget", "append", "compact")
+PARTS = {"first": range(20), "second": range(20, 32)}  # memories that are joined, and their ids
 Event = tuple[Any, ...]
 Site = tuple[str, str]  # the call of the disk, and who makes it
 
@@ -81,6 +83,10 @@ class RecordingDisk(Disk):
             super().rename(before, after)
             self.events.append(("rename", self._name(before), self._name(after)))
 
+    def link(self, before: Path, after: Path) -> None:
+        super().link(before, after)
+        self.events.append(("link", self._name(before), self._name(after)))
+
     def sync_folder(self, folder: Path) -> None:
         if self._reached("sync_folder"):
             super().sync_folder(folder)
@@ -116,6 +122,9 @@ class Run:
     events: list[Event]
     steps: list[Step]
     sites: frozenset[Site]
+
+
+Judge = Callable[[Path, Run, int, int], str | None]
 
 
 def record(folder: Path, *, muted: Site | None = None, names: Sequence[str] = WORKLOAD, seed: int = 0) -> Run:
@@ -154,6 +163,9 @@ class _Change:
     to: str = ""
 
     def apply(self, names: "dict[str, _File | None]") -> None:
+        if self.kind == "rename" and self.file is None:
+            inside = [name for name in names if _folder(name) == self.name]
+            names.update({self.to + name.removeprefix(self.name): names.pop(name) for name in inside})
         if self.kind != "set":
             names.pop(self.name, None)
         if self.kind != "remove":
@@ -182,6 +194,8 @@ class _Disk:
             self._change(_Change("remove", name))
         elif kind == "rename":
             self._change(_Change("rename", name, file, event[2]))
+        elif kind == "link":
+            self._change(_Change("set", event[2], file))
         elif file is None:  # created, or grown from nothing
             self._change(_Change("set", name, _File()))
         elif kind == "create":
@@ -289,10 +303,58 @@ def power_losses(*, most: int = 40, muted: Site | None = None, stop_at: int = 1_
     with folder_in_ram() as folder:
         (folder / "run").mkdir()
         run = record(folder / "run", muted=muted, seed=seed)
-        return _judged(run, folder / "trial", most, stop_at, seed)
+        return _judged(run, _judge, folder / "trial", most, stop_at, seed)
 
 
-def _judged(run: Run, trial: Path, most: int, stop_at: int, seed: int) -> PowerReport:
+def joining_losses(*, most: int = 40, muted: Site | None = None, stop_at: int = 1_000_000) -> PowerReport:
+    """The same of two memories that are joined and then removed: their rows are in them, or in the whole, or in both.
+
+    Parameters
+    ----------
+    most, muted, stop_at : as in `power_losses`.
+    """
+    with folder_in_ram() as folder:
+        (folder / "run").mkdir()
+        run = _record_joining(folder / "run", muted)
+        return _judged(run, _judge_joining, folder / "trial", most, stop_at, 0)
+
+
+def _record_joining(folder: Path, muted: Site | None) -> Run:
+    parts, disk = RecordingDisk(folder), RecordingDisk(folder, muted)
+    for name, ids in PARTS.items():
+        with create(Directory(folder / name, parts)) as memory:
+            add(memory, ids)
+    disk.events += [*parts.events, ("begin", 0)]
+    joined(Directory(folder / "memory", disk), [Directory(folder / name, disk) for name in PARTS]).close()
+    disk.events += [("done", 0), ("begin", 1)]
+    for name in PARTS:
+        part = Directory(folder / name, disk)
+        for file in part.names():
+            part.remove(file)
+    disk.events.append(("done", 1))
+    return Run(disk.events, [], frozenset(disk.sites))
+
+
+def _judge_joining(trial: Path, run: Run, done: int, under_way: int) -> str | None:
+    """What is wrong with this content of a disk; None where nothing is."""
+    path = trial / "memory"
+    if under_way < 0:
+        return None  # the parts are being made
+    try:
+        if not (path / "manifest.json").exists():
+            if done >= 0:
+                return "the whole is gone"
+            joined(path, [trial / name for name in PARTS]).close()
+        if state_of(Memory.open(path, verify=True)) != frozenset().union(*PARTS.values()):
+            return "the whole lacks rows"
+        with Memory.open(path, writable=True) as memory:
+            memory.save_setting({"after": "the power loss"})
+    except (ResidualMemoryError, AssertionError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _judged(run: Run, judge: Judge, trial: Path, most: int, stop_at: int, seed: int) -> PowerReport:
     disk, random = _Disk(), np.random.default_rng(seed)
     seen: set[int] = set()
     violations: list[str] = []
@@ -310,7 +372,8 @@ def _judged(run: Run, trial: Path, most: int, stop_at: int, seed: int) -> PowerR
             if known in seen:
                 continue
             seen.add(known)
-            wrong = _judge(trial, outcome, run, done, under_way)
+            _lay_out(outcome, trial)
+            wrong = judge(trial, run, done, under_way)
             if wrong is not None:
                 violations.append(f"after event {place} ({event[0]} {event[1]}): {wrong}")
                 if len(violations) >= stop_at:
@@ -318,8 +381,8 @@ def _judged(run: Run, trial: Path, most: int, stop_at: int, seed: int) -> PowerR
     return PowerReport(len(seen), tuple(violations), run.sites)
 
 
-def _judge(trial: Path, outcome: "dict[str, bytes | None]", run: Run, done: int, under_way: int) -> str | None:
-    """What is wrong with this content of a disk; None where nothing is."""
+def _lay_out(outcome: "dict[str, bytes | None]", trial: Path) -> None:
+    """Make the trial's folder what the disk holds."""
     shutil.rmtree(trial, ignore_errors=True)
     trial.mkdir()
     for name, content in sorted(outcome.items()):
@@ -328,6 +391,10 @@ def _judge(trial: Path, outcome: "dict[str, bytes | None]", run: Run, done: int,
         else:
             (trial / name).parent.mkdir(parents=True, exist_ok=True)
             (trial / name).write_bytes(content)
+
+
+def _judge(trial: Path, run: Run, done: int, under_way: int) -> str | None:
+    """What is wrong with this content of a disk; None where nothing is."""
     path = trial / "memory"
     if done == -2 and not (path / "manifest.json").exists():
         create(str(path)).close()  # it was never acknowledged, and can be made again
