@@ -204,7 +204,7 @@ def estimate(
     check_layout(layout)
     disk = free_disk_bytes(path) if free_disk is None else as_count("free_disk", free_disk)
     ram = free_ram_bytes() if free_ram is None else as_count("free_ram", free_ram)
-    plan = _sized(n, layout, m, _Planned.of(index, d, n), disk, ram)
+    plan = _sized(n, layout, m, _Planned.of(index, d, n, ram), disk, ram)
     return replace(plan, seconds=_probed(plan, Path(path), per_row)) if probe and plan.fits else plan
 
 
@@ -233,7 +233,7 @@ def most_rows(plan: Plan) -> int:
     low, high = 0, plan.n_rows
     while high - low > max(low // 100, 1):
         middle = (low + high) // 2
-        index = _Planned.of(plan.index, plan.layout.dim, middle)
+        index = _Planned.of(plan.index, plan.layout.dim, middle, plan.free_ram)
         fewer = nearest_fitting(_sized(middle, plan.layout, plan.top_m, index, plan.free_disk, plan.free_ram))
         low, high = (low, middle) if fewer is None else (middle, high)
     return low
@@ -264,8 +264,8 @@ class _Planned:
     footprint: Footprint
 
     @staticmethod
-    def of(index: str, dim: int, n_rows: int) -> "_Planned":
-        spec, footprint = planned(index, dim, n_rows)
+    def of(index: str, dim: int, n_rows: int, free_ram: int) -> "_Planned":
+        spec, footprint = planned(index, dim, n_rows, free_ram)
         return _Planned(index, f"{spec.engine}:{spec.build}" if spec.build else spec.engine, footprint)
 
 
@@ -333,7 +333,7 @@ def _compressed(plan: Plan) -> Iterator[tuple[int, _Planned]]:
         for shorter in range(4):
             if numbers >> shorter >= LEAST_NUMBERS and cells >> 2 * fewer >= LEAST_CELLS:
                 smaller = compressed(numbers >> shorter, cells >> 2 * fewer)
-                yield 3 + 3 * shorter + 2 * fewer, _Planned.of(f"faiss:{smaller}", dim, n)
+                yield 3 + 3 * shorter + 2 * fewer, _Planned.of(f"faiss:{smaller}", dim, n, plan.free_ram)
 
 
 # ---------------------------------------------------------------------- seconds

@@ -87,7 +87,7 @@ def test_an_estimate_knows_what_auto_comes_to() -> None:
     small = done("estimate", "--rows", 10_000, "--dim", 64, "--outputs", 10, *ROOM, "--json").json
     assert (small["index"], small["index_bytes"], small["residual_table_bytes"]) == ("exact", 2_560_000, 400_000)
     large = done("estimate", "--rows", 50_000_000, "--dim", 64, "--outputs", 1000, *ROOM, "--json").json
-    assert large["index"].startswith("faiss:IVF")
+    assert large["index"].startswith("faiss:PCAR64,IVF")
     assert large["residual_table_bytes"] == 0
     assert "213.4 GB" in done("estimate", "--rows", 50_000_000, "--dim", 64, "--outputs", 1000, *ROOM).out
     words = ("--rows", 100, "--dim", 8, "--outputs", 2, "--index", "faiss:IVF64,Flat", *ROOM)

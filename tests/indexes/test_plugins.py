@@ -43,10 +43,10 @@ class TestTheIndexOfThePage(BATTERY):  # type: ignore[misc]
 
 
 def test_a_registered_engine_searches_and_is_named_among_the_others() -> None:
-    with pytest.raises(InvalidInput, match=r"expected to begin with one of auto, exact, faiss, scann"):
+    with pytest.raises(InvalidInput, match=r"expected to begin with one of auto, exact, faiss, ray, scann"):
         parse_spec("projected:3")
     rm.register_index("projected", PAGE["ProjectedEngine"])
-    assert engine_names()[:4] == ["auto", "exact", "faiss", "scann"]
+    assert engine_names()[:5] == ["auto", "exact", "faiss", "ray", "scann"]
     assert "projected" in engine_names()
     problem = classification(n=200)
     knn = knn_of(memory_of(problem), index="projected:5")

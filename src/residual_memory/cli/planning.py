@@ -168,7 +168,7 @@ def time_text(seconds: float) -> str:
     for unit, scale, least in (("days", 86_400, 172_800), ("h", 3600, 7200), ("min", 60, 120)):
         if seconds >= least:
             return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.{3 if seconds >= 100 else 2}g} s"
 
 
 def _remedy(plan: Plan, fitting: Plan | None, given: dict[str, str | None]) -> list[str | Text]:

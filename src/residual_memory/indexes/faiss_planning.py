@@ -199,6 +199,8 @@ def _transform_seconds(transform: Any, keys: Float[ndarray, "n d"], sample: int)
         iterations = transform.niter - 1 + transform.niter_pq_0 / transform.niter_pq
         transform.niter, transform.niter_pq_0 = 1, transform.niter_pq
         most, some = min(sample, transform.max_train_points), keys[:OPQ_ROWS]
+    elif hasattr(transform, "max_points_per_d"):
+        most = min(sample, transform.max_points_per_d * transform.d_in)
     return timed(lambda: transform.train(some)) * iterations * max(most / len(some), 1.0)
 
 

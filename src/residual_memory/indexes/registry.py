@@ -142,14 +142,18 @@ def check_index(text: str, width: int) -> None:
         engine_named(spec.engine).check(spec, width)
 
 
-def planned(text: str, width: int, n_rows: int) -> tuple[IndexSpec, Footprint]:
+def planned(text: str, width: int, n_rows: int, ram_bytes: int | None = None) -> tuple[IndexSpec, Footprint]:
     """What an index of so many rows will be, and what it will take.
+
+    Parameters
+    ----------
+    ram_bytes : what may be had; None is what this machine has left.
 
     Raises
     ------
     InvalidInput, MissingExtra : as `check_index`, or if its bytes are not known.
     """
-    spec = resolved(parse_spec(text), width, n_rows)
+    spec = resolved(parse_spec(text), width, n_rows, ram_bytes)
     engine = engine_named(spec.engine)
     engine.check(spec, width)
     if n_rows < engine.required_rows(spec):
@@ -157,13 +161,14 @@ def planned(text: str, width: int, n_rows: int) -> tuple[IndexSpec, Footprint]:
     return spec, engine.footprint(spec, width, n_rows)
 
 
-def resolved(spec: IndexSpec, width: int, n_rows: int) -> IndexSpec:
+def resolved(spec: IndexSpec, width: int, n_rows: int, ram_bytes: int | None = None) -> IndexSpec:
     """What "auto" comes to for a memory of so many rows; every other spec as it is."""
     if spec.engine != AUTO:
         return spec
     if n_rows <= EXACT_UP_TO or importlib.util.find_spec("faiss") is None:
         return EXACT
-    return IndexSpec("faiss", auto_factory(width, n_rows, free_ram_bytes()), {"recall": AUTO_RECALL, **spec.options})
+    factory = auto_factory(width, n_rows, free_ram_bytes() if ram_bytes is None else ram_bytes)
+    return IndexSpec("faiss", factory, {"recall": AUTO_RECALL, **spec.options})
 
 
 def auto_factory(width: int, n_rows: int, ram_bytes: int) -> str:
