@@ -13,10 +13,12 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from threading import Thread
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from residual_memory.demo.cifar100 import find_cifar100, read_cifar100
 from residual_memory.demo.images import Images
 from residual_memory.demo.networks import CifarResNet
 from residual_memory.errors import DataNotFound, PartialAnswer, ShardDown
+from residual_memory.indexes.ray import A_LITTLE
 from residual_memory.memory import Memory
 from residual_memory.memory.snapshot import Snapshot
 
@@ -42,7 +45,9 @@ RESULTS = Path(__file__).parent / "results" / "ray.json"
 SHARDS, K = 4, 50
 POLLED = 500  # queries that are asked again and again while something is down
 SHARD_GOAL, NODE_GOAL = 10.0, 60.0  # seconds
-STORE_BYTES = 256 << 20
+PLACE = "search"  # a resource of the nodes that shards are put on
+NODE: dict[str, Any] = {"object_store_memory": 256 << 20, "resources": {PLACE: 1}}
+Telling = Callable[[], dict[str, int]]
 
 
 def run(*, quick: bool = False) -> None:
@@ -53,26 +58,27 @@ def run(*, quick: bool = False) -> None:
     quick : a slice, which is printed and written nowhere.
     """
     n_queries, n_images = (1_000, 5_000) if quick else (10_000, N_TRAIN)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=".") as folder, three_nodes() as cluster:
-        rows = [*searching(Path(folder), cluster, n_queries), *building(Path(folder), n_images)]
+        for row in chain(searching(Path(folder), cluster, n_queries), building(Path(folder), n_images)):
+            print(f"{row['setting']}: {row['ratio']:.3g} of {row['against']}", flush=True)
+            rows.append(row)
     content = {**stamped("ray", "python -m benchmarks ray", "CIFAR-100 and its keys, ResNet-8"), "rows": rows}
     text = json.dumps(content, indent=1, ensure_ascii=False)
     if quick:
         print(text)
     else:
         RESULTS.write_text(text + "\n")
-    for row in rows:
-        print(f"{row['setting']}: {row['ratio']:.3g} of {row['against']}")
 
 
 @contextmanager
 def three_nodes() -> Iterator[Cluster]:
     """A head with two cores, and two nodes with one each."""
-    options = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **options})
+    head = {"num_cpus": 2, "include_dashboard": False, **NODE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            cluster.add_node(num_cpus=1, **NODE)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield cluster
     finally:
@@ -93,7 +99,7 @@ def searching(folder: Path, cluster: Cluster, n_queries: int) -> Iterator[Row]:
     single = regressor(memory, "exact")
     wanted = single.neighbors(queries)
     size = f"{N_TRAIN:,} x 64, k = {K}, {SHARDS} shards on 3 nodes"
-    for spec in (f"ray:{SHARDS}", f"ray:{SHARDS}?partial=1"):
+    for spec in (f"ray:{SHARDS}?resource={PLACE}", f"ray:{SHARDS}?resource={PLACE}&partial=1"):
         started = time.perf_counter()
         merged = regressor(memory, spec)
         seconds = time.perf_counter() - started
@@ -104,17 +110,15 @@ def searching(folder: Path, cluster: Cluster, n_queries: int) -> Iterator[Row]:
             del row["goal"]  # both have the same cores
             agree = {name: share_of_same(getattr(found, name), getattr(wanted, name)) for name in ("ids", "distances")}
             yield {**row, "same": agree, "build_seconds": seconds}
-        held: list[Any] = []
-        kills: list[tuple[str, float, Callable[[], None]]] = [
+        for what, goal, kill in (
             ("killed shard", SHARD_GOAL, partial(kill_shard, merged)),
-            ("killed node, another one added", NODE_GOAL, partial(kill_node, merged, cluster, held)),
-        ]
-        for what, goal, kill in kills:
-            seconds, told = until_exact(merged, queries[:POLLED], wanted.ids[:POLLED], kill)
+            ("killed node, another one added", NODE_GOAL, partial(kill_node, merged, cluster)),
+        ):
+            seconds, told, more = until_exact(merged, queries[:POLLED], wanted.ids[:POLLED], kill)
             same = share_of_same(merged.neighbors(queries).ids, wanted.ids)
             row = row_of(f"{what}, {size}, {spec}", f"{goal:g} seconds", 1.0, seconds, goal)
-            yield {**row, **told, "same": {"ids": same}}
-        del merged, kills, kill, held
+            yield {**row, **told, **more(), "same": {"ids": same}}
+        del merged, kill, more
 
 
 def regressor(memory: Memory, index: str) -> rm.ResidualKNN:
@@ -128,28 +132,44 @@ def share_of_same(found: ndarray, wanted: ndarray) -> float:
 
 
 def until_exact(
-    knn: rm.ResidualKNN, queries: ndarray, wanted: ndarray, kill: Callable[[], None]
-) -> tuple[float, dict[str, int]]:
-    """Seconds from a kill to the first exact answer after something was missing, and the answers before it."""
+    knn: rm.ResidualKNN, queries: ndarray, wanted: ndarray, kill: Callable[[], Telling]
+) -> tuple[float, dict[str, int], Telling]:
+    """Seconds from a kill to the first exact answer after something was missing, the answers before, and what to add.
+
+    Parameters
+    ----------
+    kill : gives what tells more about it afterwards.
+    """
+    killed = Event()
+    with ThreadPoolExecutor(1) as pool:  # nodes of Ray's start in the main thread alone
+        started = time.perf_counter()
+        polled = pool.submit(poll, knn, queries, wanted, killed)
+        try:
+            more = kill()
+        finally:
+            killed.set()
+        ended, told = polled.result()
+    return ended - started, told, more
+
+
+def poll(knn: rm.ResidualKNN, queries: ndarray, wanted: ndarray, killed: Event) -> tuple[float, dict[str, int]]:
+    """Ask again and again; when all was exact again, and how the answers were before."""
     told = Counter({"errors": 0, "marked_partial": 0, "silent_partial": 0})
-    started = time.perf_counter()
-    killing = Thread(target=kill)
-    killing.start()
-    exact = False
-    while not (exact and told.total() and not killing.is_alive()):
+    exact_since: float | None = None
+    while exact_since is None or not told.total() or not killed.is_set():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PartialAnswer)
             try:
                 found = knn.neighbors(queries)
             except ShardDown:
                 told["errors"] += 1
-                exact = False
+                exact_since = None
                 continue
         same = bool((found.ids == wanted).all())
         told["silent_partial"] += found.complete and not same
         told["marked_partial"] += not found.complete
-        exact = found.complete and same
-    return time.perf_counter() - started, dict(told)
+        exact_since = (exact_since or time.perf_counter()) if found.complete and same else None
+    return exact_since, dict(told)
 
 
 def actors_of(knn: rm.ResidualKNN) -> list[Any]:
@@ -157,37 +177,46 @@ def actors_of(knn: rm.ResidualKNN) -> list[Any]:
     return list(knn._current().parts[0]._actors)  # type: ignore[attr-defined]
 
 
-def kill_shard(knn: rm.ResidualKNN) -> None:
+def homes_of(knn: rm.ResidualKNN) -> list[str]:
+    """The node of each shard."""
+    asked = [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in actors_of(knn)]
+    return list(ray.get(asked))
+
+
+def kill_shard(knn: rm.ResidualKNN) -> Telling:
     """Kill the process of the second shard."""
     os.kill(ray.get(actors_of(knn)[1].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    return dict
 
 
-def kill_node(knn: rm.ResidualKNN, cluster: Cluster, held: list[Any]) -> None:
-    """Take a node with a shard away, and add another one: the only one with room.
-
-    Parameters
-    ----------
-    held : actors that take all cores of the other nodes are added to it.
-    """
-    homes = ray.get(
-        [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in actors_of(knn)]
-    )
+def kill_node(knn: rm.ResidualKNN, cluster: Cluster) -> Telling:
+    """Take a node with a shard away, and add one that alone has room; afterwards tells how many shards are there."""
+    homes = homes_of(knn)
     node = next(node for node in cluster.worker_nodes if node.node_id in homes)
-    for other in ray.nodes():  # type: ignore[no-untyped-call]
-        if other["Alive"] and other["NodeID"] != node.node_id:
-            here = NodeAffinitySchedulingStrategy(other["NodeID"], soft=False)
-            cores = other["Resources"]["CPU"]
-            held.append(ray.remote(Holder).options(num_cpus=cores, scheduling_strategy=here).remote())
-    ray.get([holder.ready.remote() for holder in held])
+    others = {other.node_id: homes.count(other.node_id) for other in (cluster.head_node, *cluster.worker_nodes)}
+    lost = others.pop(node.node_id)
+    holders: list[Any] = []
+    for place, n in others.items():
+        here = NodeAffinitySchedulingStrategy(place, soft=False)
+        rest = {PLACE: 1 - n * A_LITTLE}
+        holders.append(ray.remote(Holder).options(num_cpus=0, resources=rest, scheduling_strategy=here).remote())
+    ray.get([holder.ready.remote() for holder in holders])
     cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    new = cluster.add_node(num_cpus=1, **NODE)
+
+    def told() -> dict[str, int]:
+        for holder in holders:
+            ray.kill(holder)
+        return {"shards_lost": lost, "shards_on_the_new_node": homes_of(knn).count(new.node_id)}
+
+    return told
 
 
 class Holder:
-    """Takes cores, so that nothing else is put on a node."""
+    """Takes the rest of a resource, so that nothing else is put on its node."""
 
     def ready(self) -> None:
-        """Whether it has them."""
+        """Whether it has it."""
 
 
 # ---------------------------------------------------------------------- build

@@ -25,7 +25,7 @@ from residual_memory.indexes.registry import EXACT, build_index, parse_spec, pla
 from residual_memory.memory import Column, Memory
 from residual_memory.testing import IndexContract
 from residual_memory.testing.problems import clustered, column
-from tests.problems import classification, empty_memory, knn_of, memory_of, same_bits
+from tests.problems import classification, empty_memory, in_plain_python, knn_of, memory_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("ray")
 LONGEST = 30.0  # seconds in which a shard is there again on a busy machine
@@ -275,6 +275,30 @@ def test_the_actors_end_with_the_regressor(ray: Any) -> None:
     assert waited_for(lambda: not any(map(is_running, processes)))
 
 
+ALONE = """
+import numpy as np, ray, residual_memory as rm
+random = np.random.default_rng(0)
+memory = rm.Memory.create(dim=4, n_outputs=2)
+memory.append(random.normal(size=(300, 4)), np.zeros(300, int), np.full((300, 2), 0.5))
+queries = random.normal(size=(20, 4))
+knn, single = (rm.ResidualKNN(memory, index=index) for index in ("ray:2", "exact"))
+print((knn.neighbors(queries).ids == single.neighbors(queries).ids).all())
+print(ray.get_runtime_context().gcs_address is not None)
+ray.shutdown()
+for _ in range(2):
+    try:
+        knn.neighbors(queries)
+    except rm.errors.ShardDown as error:
+        print(error)
+"""
+
+
+def test_ray_starts_by_itself_and_an_index_does_not_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ended = "Ray was shut down after the index was built; make the regressor again"
+    assert in_plain_python(ALONE).splitlines() == ["True", "True", ended, ended]
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -316,6 +340,7 @@ def test_another_file_of_the_same_name_is_noticed(tmp_path: Path) -> None:
         ("ray:2?timeout=0", "timeout is 0, expected seconds above 0"),
         ("ray:2?timeout=soon", "timeout='soon' is not a number"),
         ("ray:2?threads=0.5", r"threads is 0\.5, expected a whole number above 0"),
+        ("ray:2?resource=tpu", "no machine of the cluster has the resource 'tpu'; start one with"),
         ("ray:2?nprobe=3", "has no option 'nprobe'"),
     ],
 )

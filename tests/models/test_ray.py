@@ -29,8 +29,8 @@ from residual_memory.memory import Memory
 from residual_memory.memory.storage import Directory
 from residual_memory.models import ray as building
 from residual_memory.models.parts import folder_of, place_of, whole_parts
-from tests.models.nets import Examples, Mlp, mlp_data
-from tests.models.test_parts import DATA, MODEL, N, assert_same, build
+from tests.models.nets import Examples, mlp_data
+from tests.models.test_parts import DATA, MODEL, N, assert_same, build, seeded
 
 OPTIONS: dict[str, Any] = {"layer": "head", "batch_size": 8}
 
@@ -115,7 +115,7 @@ def test_a_finished_memory_is_opened_and_one_of_other_data_or_not_finished_is_re
         assert memory.version == 1
     assert not folder_of(tmp_path / "memory").exists()
     with pytest.raises(FingerprintMismatch):
-        rm.build_memory_on_ray(Mlp().eval(), DATA, tmp_path / "memory", workers=1, **OPTIONS)
+        rm.build_memory_on_ray(seeded(1), DATA, tmp_path / "memory", workers=1, **OPTIONS)
     Memory.create(tmp_path / "other", dim=6, n_outputs=3, source=memory.source and {**memory.source, "complete": False})
     with pytest.raises(InvalidInput, match="one process began; finish it with build_memory"):
         rm.build_memory_on_ray(MODEL, DATA, tmp_path / "other", workers=1, **OPTIONS)

@@ -60,6 +60,8 @@ SAMPLED_ROWS = 256
 
 _CANNOT_LOAD = (PathNotShared, StorageFailure, CorruptFile)  # of a shard that was started again
 OPTIONS = {"partial": 0.0, "timeout": TIMEOUT, "threads": 1.0}
+RESOURCE = "resource"
+A_LITTLE = 0.001  # of it that a shard takes: it says where shards may be, and not how many
 
 
 class RayEngine(Engine):
@@ -123,11 +125,13 @@ class How:
     partial : answer from the shards that are there, with a warning and a mark; else a missing one is an error.
     timeout : seconds after which a shard that does not answer is missing.
     threads : that each shard searches with.
+    resource : a resource of Ray's that the machines of shards have; None takes any machine.
     """
 
     partial: bool
     timeout: float
     threads: int
+    resource: str | None
 
 
 @dataclass(frozen=True)
@@ -212,20 +216,29 @@ class Sharded(Index):
     def __init__(self, keys: KeySource, first: int, n_rows: int, n_shards: int, spec: IndexSpec, how: How) -> None:
         self.first, self.n_rows, self._how = first, n_rows, how
         self._ray = connected("index engine 'ray'")
-        _check_cluster(self._ray)
+        self._session = _session(self._ray)
+        if how.resource is not None and how.resource not in self._ray.cluster_resources():
+            raise InvalidInput(
+                f"no machine of the cluster has the resource {how.resource!r}; "
+                f"start one with ray start --resources='{{\"{how.resource}\": 1}}'"
+            )
         self._ranges = _ranges(n_rows, n_shards)
         self._name = f"ray:{n_shards}" + ("" if spec == EXACT else f":{_written(replace(spec, options={}))}")
         precision = np.finfo(precision_of(keys))
         self._slack = 4 * float(np.sqrt(keys.width) * precision.eps)  # machines may round sums of squares differently
         self._changing = Lock()
         self._n_partial = 0
-        self._masks: tuple[Usable | None, Sequence[Any]] = (None, [None] * len(self._ranges))
+        self._masks: tuple[Usable | None, Sequence[Any]] = (None, [])
         places = [(first + rows.start, len(rows)) for rows in self._ranges]
         self._given = [(_sent(self._ray, keys.opener(*place)), digest_of(keys, *place), spec) for place in places]
         self._actors = [self._started(number) for number in range(len(self._ranges))]
-        self._ends = weakref.finalize(self, _end, self._ray, self._actors)
+        self._ends = weakref.finalize(self, _end, self._ray, self._session, self._actors)
         self._ends.atexit = False  # Ray ends the actors of a process that ends
-        told = self._ask(lambda _, actor: actor.ready.remote(), building=True)
+        try:
+            told = self._ask(lambda _, actor: actor.ready.remote(), building=True)
+        except BaseException:
+            self._ends()
+            raise
         self._inner = ", ".join(dict.fromkeys(description for description, _ in told))
         self._promises = all(promises for _, promises in told)
 
@@ -257,11 +270,11 @@ class Sharded(Index):
 
     def _started(self, number: int) -> Any:
         """An actor for a shard, on whichever machine has room."""
+        threads = self._how.threads  # one is Ray's own choice, for which a process may be waiting
+        own = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}} if threads > 1 else {}
+        where = {self._how.resource: A_LITTLE} if self._how.resource else {}
         actor = self._ray.remote(Shard).options(
-            max_restarts=-1,
-            max_task_retries=0,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._how.threads)}},
+            num_cpus=0, resources=where, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD", **own
         )
         return actor.remote(*self._given[number])
 
@@ -274,7 +287,7 @@ class Sharded(Index):
         building : wait as long as it takes, and raise what goes wrong.
         """
         ray = self._ray
-        if not ray.is_initialized():
+        if _session(ray) != self._session:
             raise ShardDown("Ray was shut down after the index was built; make the regressor again")
         with self._changing:
             actors = list(self._actors)
@@ -291,6 +304,8 @@ class Sharded(Index):
         try:
             return self._ray.get(called, timeout=0)
         except exceptions.RayTaskError as error:
+            if not isinstance(error.cause, ResidualMemoryError):
+                raise
             if building or not isinstance(error.cause, _CANNOT_LOAD):
                 raise error.cause from None
             why = str(error.cause)
@@ -331,12 +346,12 @@ class Sharded(Index):
 
     def _mask(self, usable: Usable | None) -> Sequence[Any]:
         """Which rows of each shard count, one bit each; sent once for each version of the memory."""
+        if usable is None:
+            return [None] * len(self._ranges)
         with self._changing:
             if self._masks[0] is not usable:
-                sent: list[Any] = [None] * len(self._ranges)
-                if usable is not None:
-                    mine = usable.rows[self.first : self.first + self.n_rows]
-                    sent = [self._ray.put(np.packbits(mine[rows.start : rows.stop])) for rows in self._ranges]
+                mine = usable.rows[self.first : self.first + self.n_rows]
+                sent = [self._ray.put(np.packbits(mine[rows.start : rows.stop])) for rows in self._ranges]
                 self._masks = usable, sent
             return self._masks[1]
 
@@ -372,7 +387,7 @@ def _read(spec: IndexSpec) -> tuple[int, IndexSpec]:
     parsed = parse_spec(inner or "exact")
     if parsed.engine == "ray" or parsed.options:
         raise InvalidInput(f"the index of each shard is {inner!r}, expected another engine; options go to the end")
-    others = {name: value for name, value in spec.options.items() if name not in OPTIONS}
+    others = {name: value for name, value in spec.options.items() if name not in (*OPTIONS, RESOURCE)}
     return int(shards), IndexSpec(parsed.engine, parsed.build, others)
 
 
@@ -385,7 +400,7 @@ def _how(spec: IndexSpec) -> How:
         raise InvalidInput(f"index option timeout is {found['timeout']:g}, expected seconds above 0")
     if found["threads"] < 1 or not found["threads"].is_integer():
         raise InvalidInput(f"index option threads is {found['threads']:g}, expected a whole number above 0")
-    return How(bool(found["partial"]), found["timeout"], int(found["threads"]))
+    return How(bool(found["partial"]), found["timeout"], int(found["threads"]), spec.options.get(RESOURCE))
 
 
 def _written(spec: IndexSpec) -> str:
@@ -414,19 +429,16 @@ def _sent(ray: Any, opener: Callable[[], KeySource]) -> Any:
     return opener if size <= INLINE_BYTES else [ray.put(opener)]
 
 
-def _check_cluster(ray: Any) -> None:
-    """Refuse to wait for machines that nobody has.
-
-    Raises
-    ------
-    InvalidInput : if no machine of the cluster has a core.
-    """
-    if not any(node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes() if node["Alive"]):
-        raise InvalidInput("no machine of Ray's cluster has a core for a shard; add one with ray start --num-cpus=1")
+def _session(ray: Any) -> str | None:
+    """What tells one connection to Ray from the next; None without one."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return f"{context.gcs_address} {context.get_job_id()}"
 
 
-def _end(ray: Any, actors: Sequence[Any]) -> None:
-    if ray.is_initialized():
+def _end(ray: Any, session: str | None, actors: Sequence[Any]) -> None:
+    if _session(ray) == session:
         for actor in actors:
-            with suppress(Exception):  # of an actor that died already, or of another session of Ray
+            with suppress(ray.exceptions.RayError):  # of an actor that is dead
                 ray.kill(actor, no_restart=True)

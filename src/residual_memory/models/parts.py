@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from residual_memory.errors import FingerprintMismatch, InvalidInput, StorageFailure
@@ -12,7 +12,7 @@ from residual_memory.memory.joining import joined
 from residual_memory.memory.storage import PART, Directory, part_of
 from residual_memory.models.base import Source
 
-_PART = re.compile(r"rows-(\d{12,})-(\d{12,})")
+PART_NAME = r"rows-(\d{12,})-(\d{12,})"
 
 
 def join_parts(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Memory:
@@ -85,7 +85,7 @@ def place_of(folder: Path, rows: range) -> Path:
 
 def whole_parts(folder: Path) -> list[range]:
     """The rows of the parts that are there, ascending."""
-    found = (_PART.fullmatch(name) for name in Directory(folder).names())
+    found = (re.fullmatch(PART_NAME, name) for name in Directory(folder).names())
     return sorted((range(int(named[1]), int(named[2])) for named in found if named), key=lambda rows: rows.start)
 
 
@@ -129,8 +129,12 @@ def make_part(folder: Path, rows: range, build: Callable[[Path], Memory]) -> Non
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def unfinished_in(folder: Path, name: str) -> Iterator[Path]:
-    """What killed processes began in a folder and never finished, by the beginning of its name."""
-    if folder.exists():
-        hidden = (folder / found for found in Directory(folder).names())
-        yield from (path for path in hidden if path.name.startswith(f".{name}") and path.name.endswith(PART))
+def unfinished_in(folder: Path, name: str) -> list[Path]:
+    """What killed processes began in a folder and never finished.
+
+    Parameters
+    ----------
+    name : a pattern of the name that it would have got.
+    """
+    hidden = re.compile(rf"\.{name}-[0-9a-f]{{8}}{re.escape(PART)}")
+    return [folder / found for found in Directory(folder).names() if hidden.fullmatch(found)]

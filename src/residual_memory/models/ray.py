@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
 import types
@@ -24,7 +25,16 @@ from residual_memory.memory.format import MANIFEST
 from residual_memory.memory.storage import Directory
 from residual_memory.models.base import Source
 from residual_memory.models.building import is_text
-from residual_memory.models.parts import folder_of, join_parts, make_part, place_of, planned, unfinished_in, whole_parts
+from residual_memory.models.parts import (
+    PART_NAME,
+    folder_of,
+    join_parts,
+    make_part,
+    place_of,
+    planned,
+    unfinished_in,
+    whole_parts,
+)
 from residual_memory.progress import progress_bar
 from residual_memory.validation import as_count
 
@@ -97,7 +107,7 @@ def build_memory_on_ray(
     home.make()
     home.lock()
     try:
-        for left in [*unfinished_in(folder, "rows-"), *unfinished_in(target.parent, f"{target.name}-")]:
+        for left in [*unfinished_in(folder, PART_NAME), *unfinished_in(target.parent, re.escape(target.name))]:
             shutil.rmtree(left, ignore_errors=True)
         if (target / MANIFEST).exists():
             return _finished(target, made(model), items, options)
@@ -174,7 +184,7 @@ class Worker:
                 f"this worker does not see {job.folder}, in which the parts are written; "
                 "name a path on a file system that all machines of the cluster share"
             )
-        begun = sum(1 for _ in unfinished_in(job.folder, f"{place_of(job.folder, rows).name}-"))
+        begun = len(unfinished_in(job.folder, place_of(job.folder, rows).name))
         if begun >= MOST_DEATHS:
             raise WorkerLost(
                 f"{begun} workers died over these rows; look at Ray's log, and give each more memory (fewer workers on "
