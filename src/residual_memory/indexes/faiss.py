@@ -128,6 +128,7 @@ class Faiss(Index):
         effort, k_factor = usual_search(self.factory)
         name = effort_name(self.factory)
         self._recall = options.get(RECALL)
+        self._ways: dict[int, Way] = {}  # found so far, by how many rows are asked for
         named = {"effort": name, K_FACTOR: K_FACTOR}
         self._named = {field: options[option] for field, option in named.items() if option in options}
         self._usual = Way(options.get(name, effort), options.get(K_FACTOR, k_factor))
@@ -179,8 +180,10 @@ class Faiss(Index):
         """How so many rows are asked for."""
         if self._recall is None or self.known is None:
             return self._usual
-        point = self.known.cheapest(self._recall, listed, self._named)
-        return Way(point.effort, point.k_factor)
+        if listed not in self._ways:
+            point = self.known.cheapest(self._recall, listed, self._named)
+            self._ways[listed] = Way(point.effort, point.k_factor)
+        return self._ways[listed]
 
     def _calibration(self) -> Calibration:
         """What is known of the index, measured if nothing is."""
