@@ -24,7 +24,7 @@ LAYERS = [
     {"explanation", "evaluation", "language"},
     {"tuning", "privacy"},
     {"models", "theory", "figures", "exchange"},
-    {"demo", "selftest"},
+    {"demo", "selftest", "shrinking"},
     {"server"},
     {"cli"},
 ]

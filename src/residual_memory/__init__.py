@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from residual_memory.models.transformers import ResMemForCausalLM, tune_language
     from residual_memory.privacy import PrivacyReport, audit_privacy
     from residual_memory.residuals import temper, top_m
+    from residual_memory.shrinking import Shrunk, shrink
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
     from residual_memory.windows import Encoded, TextFile, Windows
@@ -76,6 +77,8 @@ _ROOMS = {
     "audit_privacy": "privacy",
     "temper": "residuals",
     "top_m": "residuals",
+    "Shrunk": "shrinking",
+    "shrink": "shrinking",
     "Evaluation": "evaluation",
     "Setting": "evaluation",
     "evaluate": "evaluation",
@@ -108,6 +111,7 @@ __all__ = [
     "ResMemRegressor",
     "ResidualKNN",
     "Setting",
+    "Shrunk",
     "TextFile",
     "TokenScores",
     "TopM",
@@ -128,6 +132,7 @@ __all__ = [
     "merge_memories",
     "observe",
     "salvage",
+    "shrink",
     "temper",
     "to_probabilities",
     "top_m",

@@ -93,7 +93,7 @@ _PANELS = {
         keeping.salvage,
         keeping.info,
     ),
-    "In and out": (exchanging.export, exchanging.import_, exchanging.merge),
+    "In and out": (exchanging.export, exchanging.import_, exchanging.merge, exchanging.shrink),
     "Plan": (measuring.estimate, measuring.bench, doctor.doctor),
 }
 _NAMES = {
