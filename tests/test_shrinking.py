@@ -9,6 +9,7 @@ import pytest
 from numpy import ndarray
 
 import residual_memory as rm
+from residual_memory import shrinking
 from residual_memory.errors import InvalidInput
 from residual_memory.memory import Memory
 from residual_memory.shrinking import residual_sizes
@@ -202,14 +203,43 @@ def leaders(keys: ndarray, kinds: list[Any], distance: float) -> list[int]:
     return stay
 
 
-@pytest.mark.parametrize("distance", [0.0, 1.0, 1.5, 2.0, 100.0])
+def usual(keys: ndarray, kinds: list[Any]) -> float:
+    """The median distance from a row to the nearest one like it."""
+    between = np.linalg.norm(keys[:, None] - keys, axis=2)
+    alike = np.array(kinds)[:, None] == np.array(kinds)
+    nearest = np.where(alike & ~np.eye(len(keys), dtype=bool), between, np.inf).min(axis=1)
+    return float(np.median(nearest[np.isfinite(nearest)]))
+
+
+@pytest.mark.parametrize("within", [0.0, 0.5, 1.0, 1.5, 100.0])
 @pytest.mark.parametrize("key_dtype", ["float16", "float32", "float64"])
-def test_the_first_of_the_twins_stays(distance: float, key_dtype: str) -> None:
-    problem = on_grid(classification(n=400, d=4, c=2), levels=3)
+def test_the_first_of_the_twins_stays(within: float, key_dtype: str) -> None:
+    problem = classification(n=400, d=3, c=2)
     memory = memory_of(problem, key_dtype=key_dtype)
-    small = rm.shrink(memory, twin_distance=distance)
-    assert small.memory.ids.tolist() == leaders(problem.keys, problem.labels.tolist(), distance)
+    keys, kinds = values(memory)["keys"].astype(float), problem.labels.tolist()
+    small = rm.shrink(memory, twins_within=within)
+    assert small.twin_distance == pytest.approx(within * usual(keys, kinds))
+    assert small.memory.ids.tolist() == leaders(keys, kinds, within * usual(keys, kinds))
     assert small.twins == 400 - len(small.memory)
+
+
+@pytest.mark.parametrize("within", [0.0, 1.0, 2.0])
+def test_equal_keys_are_twins_at_any_distance(within: float) -> None:
+    problem = on_grid(classification(n=400, d=4, c=2), levels=3)
+    small = rm.shrink(memory_of(problem), twins_within=within)
+    assert small.twin_distance == 0
+    assert small.memory.ids.tolist() == leaders(problem.keys, problem.labels.tolist(), 0)
+
+
+def test_the_usual_distance_is_measured_on_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = classification(n=400, d=3, c=2)
+    memory = memory_of(problem)
+    monkeypatch.setattr(shrinking, "TWIN_SAMPLE", 50)
+    found = rm.shrink(memory, twins_within=1.0).twin_distance
+    assert found is not None
+    assert 0.7 < found / usual(problem.keys, problem.labels.tolist()) < 1.4
+    monkeypatch.setattr(shrinking, "TWIN_SAMPLE", 400)
+    assert rm.shrink(memory, twins_within=1.0).twin_distance == usual(problem.keys, problem.labels.tolist())
 
 
 @pytest.mark.parametrize("key_dtype", ["float32", "float64"])
@@ -219,9 +249,10 @@ def test_twins_far_from_the_origin_are_told_apart(key_dtype: str) -> None:
     problem = classification(n=300, d=8, c=1)
     keys = (1000 + random.integers(0, 40, (300, 1)) + 0.02 * random.integers(0, 3, (300, 8))).astype(np.float32)
     memory = memory_of(replace(problem, keys=keys), key_dtype=key_dtype)
-    stored = values(memory)["keys"].astype(float)
-    for distance in (0.0, 0.021, 0.05):
-        assert rm.shrink(memory, twin_distance=distance).memory.ids.tolist() == leaders(stored, [0] * 300, distance)
+    stored, kinds = values(memory)["keys"].astype(float), [0] * 300
+    for within in (0.0, 0.8, 1.3):
+        stay = rm.shrink(memory, twins_within=within).memory.ids.tolist()
+        assert stay == leaders(stored, kinds, within * usual(stored, kinds))
 
 
 @pytest.mark.parametrize(
@@ -229,34 +260,50 @@ def test_twins_far_from_the_origin_are_told_apart(key_dtype: str) -> None:
     [
         ({}, [0, 2]),
         ({"labels": [0, 1, 1, 1]}, [0, 1, 2, 3]),
-        ({"groups": ["a", "b", "c", "c"]}, [0, 1, 2]),
+        ({"groups": ["a", "b", "c", "c"]}, [0, 2]),
         ({"owners": ["alice", "bob", "", ""]}, [0, 1, 2]),
         ({"tags": [["a"], [], ["b"], ["b"]]}, [0, 1, 2]),
         ({"expires": [2_000_000_000, 2_100_000_000, 2_200_000_000, 2_200_000_000]}, [0, 1, 2]),
         ({"snippets": ["one", "two", "three", "four"]}, [0, 2]),
     ],
 )
-def test_twins_are_alike_in_all_by_which_rows_are_forgotten(carried: dict[str, Any], stay: list[int]) -> None:
+def test_twins_are_alike_in_what_they_carry(carried: dict[str, Any], stay: list[int]) -> None:
     """Else a row would go with another one that it was to outlive."""
     keys, labels = [[0.0], [0.0], [1.0], [1.0]], [0, 0, 1, 1]
     memory = Memory.create(dim=1, n_outputs=2)
     if "labels" in carried:
         keys, labels, carried = [[0.0], [0.0], [1.0], [2.0]], carried["labels"], {}
     memory.append(keys, labels, [[0.5, 0.5]] * 4, **carried)
-    assert rm.shrink(memory, twin_distance=0.0).memory.ids.tolist() == stay
+    assert rm.shrink(memory, twins_within=0.0).memory.ids.tolist() == stay
+
+
+@pytest.mark.parametrize("groups", [["a", "b", "c", "c"], [1, 2, 3, 3]])
+def test_twins_can_be_held_to_their_group(groups: list[Any]) -> None:
+    memory = Memory.create(dim=1, n_outputs=2)
+    memory.append([[0.0], [0.0], [1.0], [1.0]], [0, 0, 1, 1], [[0.5, 0.5]] * 4, groups=groups)
+    assert rm.shrink(memory, twins_within=0.0, within_groups=True).memory.ids.tolist() == [0, 1, 2]
+    without = rm.shrink(memory_of(classification()), twins_within=1.0, within_groups=True)
+    assert without.twins == rm.shrink(memory_of(classification()), twins_within=1.0).twins > 0
+
+
+def test_no_two_rows_alike_are_no_twins() -> None:
+    memory = Memory.create(dim=1, n_outputs=3)
+    memory.append([[0.0]] * 3, [0, 1, 2], [[0.5, 0.5, 0.0]] * 3)
+    found = rm.shrink(memory, twins_within=1.0)
+    assert (found.twins, found.twin_distance) == (0, 0)
 
 
 def test_twins_of_values_have_the_same_target() -> None:
     memory = Memory.create(dim=1, n_outputs=2, task="regression")
     memory.append([[0.0]] * 3, [[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]], [[0.0, 0.0]] * 3)
-    assert rm.shrink(memory, twin_distance=0.0).memory.ids.tolist() == [0, 2]
+    assert rm.shrink(memory, twins_within=0.0).memory.ids.tolist() == [0, 2]
 
 
 def test_twins_go_first_then_small_residuals_and_the_draw_takes_of_what_is_left() -> None:
     problem = on_grid(classification(n=300, d=3, c=2))
     memory = memory_of(problem)
-    first, few = rm.shrink(memory, twin_distance=0.0), rm.shrink(memory, smallest_residual=0.4)
-    both = rm.shrink(memory, twin_distance=0.0, smallest_residual=0.4, keep_rows=0.02)
+    first, few = rm.shrink(memory, twins_within=0.0), rm.shrink(memory, smallest_residual=0.4)
+    both = rm.shrink(memory, twins_within=0.0, smallest_residual=0.4, keep_rows=0.02)
     left = set(first.memory.ids) & set(few.memory.ids)
     assert both.twins == first.twins > 0
     assert set(both.memory.ids) < left
@@ -275,7 +322,7 @@ def test_a_setting_moves_along_where_all_rows_stay_and_it_can_be_used() -> None:
         (warm, {"top_m": 2}, False),
         (plain, {"top_m": 2}, True),
         (plain, {"keep_rows": 0.9}, False),
-        (plain, {"twin_distance": 0.0}, True),
+        (plain, {"twins_within": 0.0}, True),
     ):
         memory.save_setting(setting)
         small = rm.shrink(memory, **options).memory
@@ -284,7 +331,7 @@ def test_a_setting_moves_along_where_all_rows_stay_and_it_can_be_used() -> None:
 
 def test_a_memory_without_rows_shrinks_to_one() -> None:
     empty = memory_of(classification(n=0))
-    small = rm.shrink(empty, keep_rows=0.5, smallest_residual=0.5, twin_distance=0.0, top_m=2).memory
+    small = rm.shrink(empty, keep_rows=0.5, smallest_residual=0.5, twins_within=0.0, top_m=2).memory
     assert len(small) == 0
     assert small.layout.residuals == "top-m"
 
@@ -297,8 +344,8 @@ def test_a_memory_without_rows_shrinks_to_one() -> None:
         ({"keep_rows": 1.5}, "keep_rows is 1.5"),
         ({"smallest_residual": 1.1}, "smallest_residual is 1.1"),
         ({"smallest_residual": 1.0}, r"the largest residual is 0\.\d+, so no row of at least 1 would stay"),
-        ({"twin_distance": -1.0}, "twin_distance is -1"),
-        ({"twin_distance": float("nan")}, "twin_distance is nan"),
+        ({"twins_within": -1.0}, "twins_within is -1"),
+        ({"twins_within": float("nan")}, "twins_within is nan"),
         ({"top_m": 0}, "top_m is 0"),
         ({"top_m": 5}, "top_m is 5, expected at most 4"),
         ({"prediction_dtype": "log8"}, "residuals='top-m' alone"),

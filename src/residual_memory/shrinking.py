@@ -28,6 +28,7 @@ from residual_memory.types import TopM
 from residual_memory.validation import as_count, as_fraction, as_non_negative
 
 FLOOR = 0.2  # of the mean residual: rows without a residual have a chance too, since they vote for no correction
+TWIN_SAMPLE = 1000  # rows by which the usual distance of rows of one label is measured
 BLOCK_ROWS = 1024
 TABLE_NUMBERS = 8 << 20  # distances that are held at a time
 
@@ -41,6 +42,7 @@ class Shrunk:
     memory : the new one, open for writing. Its setting is to be tuned again wherever `memory.setting` is None.
     n_rows : of the larger one.
     twins : rows that stayed out because another one stands for them.
+    twin_distance : up to which it does; None where nobody asked for it.
     small : rows whose residual is too small.
     not_drawn : rows that the draw left out.
     """
@@ -48,6 +50,7 @@ class Shrunk:
     memory: Memory
     n_rows: int
     twins: int
+    twin_distance: float | None
     small: int
     not_drawn: int
 
@@ -58,7 +61,8 @@ def shrink(
     *,
     keep_rows: float = 1.0,
     smallest_residual: float = 0.0,
-    twin_distance: float | None = None,
+    twins_within: float | None = None,
+    within_groups: bool = False,
     top_m: int | None = None,
     prediction_dtype: str | None = None,
     key_dtype: str | None = None,
@@ -80,8 +84,10 @@ def shrink(
         which the base knows still stand where the base is right. With one seed a smaller share is part of a larger one.
     smallest_residual : rows with a smaller one stay out, all of them; neighbours that stay then correct the base where
         it was right, and without a new setting the memory may do harm.
-    twin_distance : of rows whose keys lie at most so far apart, and whose label, group, owner, tags and expiry are the
-        same, the first stays; 0 means equal keys. Each row is compared with those of its label.
+    twins_within : of rows whose keys lie close together, and whose label, owner, tags and expiry are the same, the
+        first stays. How close, as a multiple of the median distance from a row to the nearest one like it; 0 means
+        equal keys. Each row is compared with those of its label.
+    within_groups : twins are of one group too, so that forgetting a group takes nothing from the others.
     top_m : classes whose probabilities stay in a row. Whole predictions can be cut to their largest ones too; such rows
         are right for temperature 1 alone.
     prediction_dtype, key_dtype : as in `Memory.create`. None keeps the type; whole predictions that are cut to `top_m`
@@ -101,10 +107,10 @@ def shrink(
     --------
     >>> memory = Memory.create(dim=1, n_outputs=2)
     >>> ids = memory.append([[0.0], [0.0], [1.0], [2.0]], [1, 1, 0, 1], [[0.9, 0.1]] * 4)
-    >>> shrink(memory, twin_distance=0.0, smallest_residual=0.5).memory.ids
+    >>> shrink(memory, twins_within=0.0, smallest_residual=0.5).memory.ids
     array([0, 3])
     """
-    options = (keep_rows, smallest_residual, twin_distance, top_m, prediction_dtype, key_dtype)
+    options = (keep_rows, smallest_residual, twins_within, top_m, prediction_dtype, key_dtype)
     if options == (1.0, 0.0, None, None, None, None):
         raise InvalidInput("nothing would become smaller; say which rows may go, or how short they may be")
     exported = Exported(memory)
@@ -115,9 +121,9 @@ def shrink(
     if path is not None:
         require_empty(path)
     rows = np.flatnonzero(snapshot.alive)
-    kept = np.ones(len(rows), bool)
-    if twin_distance is not None:
-        kept = without_twins(snapshot, rows, as_non_negative("twin_distance", twin_distance))
+    kept, distance = np.ones(len(rows), bool), None
+    if twins_within is not None:
+        kept, distance = without_twins(snapshot, rows, as_non_negative("twins_within", twins_within), within_groups)
     n_twins = int((~kept).sum())
     sizes = residual_sizes(snapshot, rows) if least > 0 or share < 1 else np.zeros(len(rows))
     kept &= sizes >= least
@@ -135,7 +141,7 @@ def shrink(
         manifest = replace(manifest, setting=None)
     blocks = _blocks(exported, kept, top_m)
     small = made(path, manifest, blocks, as_stored=True, n_rows=n_kept, doing="shrinking")
-    return Shrunk(small, len(rows), n_twins, n_small, len(candidates) - n_kept)
+    return Shrunk(small, len(rows), n_twins, distance, n_small, len(candidates) - n_kept)
 
 
 def residual_sizes(snapshot: Snapshot, rows: Int64[ndarray, " b"]) -> Float[ndarray, " b"]:
@@ -171,23 +177,41 @@ def drawn(sizes: Float[ndarray, " n"], wanted: int, seed: int, among: Int64[ndar
     return np.argsort(times[among], kind="stable")[:wanted]
 
 
-def without_twins(snapshot: Snapshot, rows: Int64[ndarray, " n"], distance: float) -> Bool[ndarray, " n"]:
-    """Which of the rows stay when the first of near rows that are alike stands for the others."""
+def without_twins(
+    snapshot: Snapshot, rows: Int64[ndarray, " n"], within: float, within_groups: bool
+) -> tuple[Bool[ndarray, " n"], float]:
+    """Which of the rows stay when the first of near rows that are alike stands for the others, and what near is."""
     stays = np.ones(len(rows), bool)
-    kinds = _kinds(snapshot, rows)
+    kinds = _kinds(snapshot, rows, within_groups)
     order = np.argsort(kinds, kind="stable")
-    with progress_bar("looking for twins", len(rows)) as advance:
-        for places in np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1):
-            if len(places) > 1:
-                stays[places] = _leaders(snapshot.keys.take(rows[places]), distance)
+    alike = [places for places in np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1) if len(places) > 1]
+    distance = within * _usual_distance(snapshot, rows, kinds, alike) if within else 0.0
+    with progress_bar("looking for twins", sum(map(len, alike))) as advance:
+        for places in alike:
+            stays[places] = _leaders(snapshot.keys.take(rows[places]), distance)
             advance(len(places))
-    return stays
+    return stays, distance
 
 
-def _kinds(snapshot: Snapshot, rows: Int64[ndarray, " n"]) -> Int64[ndarray, " n"]:
+def _usual_distance(
+    snapshot: Snapshot, rows: Int64[ndarray, " n"], kinds: Int64[ndarray, " n"], alike: list[Int64[ndarray, " _"]]
+) -> float:
+    """Median distance from a row to the nearest one that is alike, over a sample of those that have one."""
+    mates = {int(kinds[places[0]]): places for places in alike}
+    having = np.sort(np.concatenate(alike)) if alike else np.zeros(0, np.int64)
+    nearest = []
+    for place in having[np.unique(np.linspace(0, len(having) - 1, min(TWIN_SAMPLE, len(having))).astype(int))]:
+        others = mates[int(kinds[place])]
+        differences = snapshot.keys.take(rows[others[others != place]]).astype(np.float64)
+        differences -= snapshot.keys.take(rows[[place]])
+        nearest.append(np.sqrt(np.einsum("md,md->m", differences, differences).min()))
+    return float(np.median(nearest)) if nearest else 0.0
+
+
+def _kinds(snapshot: Snapshot, rows: Int64[ndarray, " n"], within_groups: bool) -> Int64[ndarray, " n"]:
     """A number for each row, the same for rows that are alike but for their keys and predictions."""
     columns: list[Any] = [snapshot.targets(rows)]
-    if snapshot.group_column is not None:
+    if within_groups and snapshot.group_column is not None:
         columns.append(snapshot.group_column.take(rows))
     if len(expires := snapshot.expires) and expires.min() < NEVER:
         columns.append(expires[rows])

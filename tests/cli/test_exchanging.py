@@ -92,10 +92,11 @@ def test_memories_are_merged(memory: Path) -> None:
 def test_a_memory_shrinks(memory: Path) -> None:
     done("tune", memory, "--data", "held.npz")
     done("forget", memory, 399)
-    options = ("--keep-rows", 0.5, "--twin-distance", 0, "--top-m", 2, "--key-dtype", "float16")
+    options = ("--keep-rows", 0.5, "--twins-within", 0, "--top-m", 2, "--key-dtype", "float16")
     found = done("shrink", memory, "small", *options, "--json").json
     assert (found["rows_before"], found["rows"], found["bytes_per_row"]) == (399, 200, 8 + 12 + 2 + 2 * 2 + 3)
     assert found["left_out"] == {"twins": 0, "small": 0, "not_drawn": 199}
+    assert found["twin_distance"] == 0
     assert found["bytes"] == rm.Memory.open("small").n_bytes < found["bytes_before"]
     assert (found["layout"]["prediction_dtype"], found["setting_kept"]) == ("log8", False)
     assert len(rm.Memory.open(memory)) == 399
@@ -141,7 +142,7 @@ def test_it_says_what_became_smaller_and_what_did_not_move_along(memory: Path) -
         (("shrink", "memm", "new", "--top-m", "2"), 2, "there is no memory at memm", "did you mean 'mem'?"),
         (("shrink", "mem", "mem", "--top-m", "2"), 2, "not empty", "name another path"),
         (("shrink", "mem", "new", "--keep-rows", "50"), 2, "--keep-rows is 50, expected a number above 0", "shrink"),
-        (("shrink", "mem", "new", "--twin-distance", "-1"), 2, "--twin-distance is -1", "resmem shrink --help"),
+        (("shrink", "mem", "new", "--twins-within", "-1"), 2, "--twins-within is -1", "resmem shrink --help"),
         (("shrink", "mem", "new", "--smallest-residual", "1"), 2, "the largest residual is 0.8", "ask for less"),
         (("shrink", "mem", "new", "--top-m", "9"), 2, "top_m is 9, expected at most 4", "resmem shrink --help"),
         (("shrink", "mem", "new", "--seed", "-1"), 2, "'--seed'", "resmem shrink --help"),

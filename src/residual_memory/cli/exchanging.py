@@ -130,15 +130,19 @@ def shrink(
             "of its value.",
         ),
     ] = 0.0,
-    twin_distance: Annotated[
+    twins_within: Annotated[
         float | None,
         typer.Option(
-            "--twin-distance",
-            metavar="D",
-            help="Of rows of one label whose keys are at most so far apart, the first stays; 0: equal keys.",
+            "--twins-within",
+            metavar="MULTIPLE",
+            help="Of rows of one label whose keys lie close together, the first stays: 1 is the usual distance to the "
+            "nearest row of the same label, 0 means equal keys.",
             show_default=False,
         ),
     ] = None,
+    within_groups: Annotated[
+        bool, typer.Option("--within-groups", help="Twins are of one group too, such as a document.")
+    ] = False,
     top_m: Annotated[
         int | None,
         typer.Option("--top-m", metavar="M", help="Keep the M largest probabilities of each row.", show_default=False),
@@ -173,7 +177,8 @@ def shrink(
         to,
         keep_rows=as_fraction("--keep-rows", keep_rows, above_zero=True),
         smallest_residual=as_non_negative("--smallest-residual", smallest_residual),
-        twin_distance=None if twin_distance is None else as_non_negative("--twin-distance", twin_distance),
+        twins_within=None if twins_within is None else as_non_negative("--twins-within", twins_within),
+        within_groups=within_groups,
         top_m=None if top_m is None else as_count("--top-m", top_m),
         prediction_dtype=None if prediction_dtype is None else chosen("--prediction-dtype", prediction_dtype, types),
         key_dtype=None if key_dtype is None else chosen("--key-dtype", key_dtype, options.DTYPES),
@@ -182,6 +187,7 @@ def shrink(
     with made.memory as new:
         sizes = [_row_bytes(memory) for memory in (old, new)]
         left_out = {"twins": made.twins, "small": made.small, "not_drawn": made.not_drawn}
+        near = "" if made.twin_distance is None else f" within {made.twin_distance:.3g}"
         lost = old.setting is not None and new.setting is None
         report(
             {
@@ -190,6 +196,7 @@ def shrink(
                 "rows_before": made.n_rows,
                 "rows": len(new),
                 "left_out": left_out,
+                "twin_distance": made.twin_distance,
                 "bytes_before": old.n_bytes,
                 "bytes": new.n_bytes,
                 "bytes_per_row_before": sizes[0],
@@ -201,7 +208,10 @@ def shrink(
             f"{size_text(old.n_bytes)}",
             facts(
                 [
-                    ("left out", f"{made.twins:,} twins, {made.small:,} small residuals, {made.not_drawn:,} not drawn"),
+                    (
+                        "left out",
+                        f"{made.twins:,} twins{near}, {made.small:,} small residuals, {made.not_drawn:,} not drawn",
+                    ),
                     ("bytes a row", f"{sizes[1]:,}, before {sizes[0]:,}"),
                 ]
             ),
