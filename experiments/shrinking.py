@@ -59,12 +59,14 @@ class Way:
     drop : which rows go: those that are not "drawn", those that are not in a "random" choice (which all is compared
         with), or those of "small" residuals.
     options : of `shrink` beside those, for twins and for shorter rows.
+    temperatures : to choose from; of lists of classes it is 1.
     """
 
     name: str
     share: float = 1.0
     drop: str = "drawn"
     options: dict[str, Any] = field(default_factory=dict)
+    temperatures: tuple[float, ...] = TEMPERATURES
 
     def __call__(self, memory: Memory, seed: int) -> Memory:
         """The smaller memory, in RAM; a whole one is the memory itself."""
@@ -80,6 +82,7 @@ class Way:
 
 SHORT = {"key_dtype": "float16"}
 IMAGE_ROWS = (
+    Way("whole, temperature 1", temperatures=(1.0,)),
     Way("keys in half precision", options=SHORT),
     *(Way(f"top {m}", options={**SHORT, "top_m": m}) for m in (16, 8, 4)),
 )
@@ -99,7 +102,7 @@ IMAGE_BOTH = tuple(Way(f"{share:.0%}, drawn, top 8", share, options={**SHORT, "t
 TEXT_BOTH = Way("twins within 1, top 2", options={"twins_within": 1.0, "top_m": 2})
 IMAGE_WAYS = (*IMAGE_ROWS, *fewer(SHARES), *TWINS, *IMAGE_BOTH)
 TEXT_WAYS = (*TEXT_ROWS, *fewer(SHARES[1:]), *TWINS, IN_DOCUMENTS, TEXT_BOTH)
-QUICK_WAYS = (*IMAGE_ROWS[2:3], *fewer((0.5,)))
+QUICK_WAYS = (*IMAGE_ROWS[3:4], *fewer((0.5,)))
 DRAWS = 3  # seeds of a draw from image keys
 
 
@@ -131,7 +134,7 @@ def images(
         return
     choosing = see_held_out(shipped_network("resnet8-45000"), training, SAMPLES["90%"](training), choice)
     final = see(shipped_network("resnet8-50000"), training, np.arange(len(training)), test, choice)
-    usual = chosen(choosing)
+    usual = chosen(choosing, TEMPERATURES)
     for way, seed in wanted:
         row = results.row(f"{name}, {way.name}", seed, partial(smaller, way, seed, choosing, final, usual))
         print(f"{row['setting']}, seed {seed}: {row['rows']:,} rows, gain {100 * row['gain']:+.2f}", flush=True)
@@ -144,7 +147,7 @@ def is_drawn(way: Way) -> bool:
 
 def smaller(way: Way, seed: int, choosing: Seen, final: Seen, usual: Setting) -> Row:
     """A row of the result file: the setting of the smaller memory, and that of the whole one, on test images."""
-    setting = chosen(Seen(way(choosing.memory, seed), choosing.queries))
+    setting = chosen(Seen(way(choosing.memory, seed), choosing.queries), way.temperatures)
     memory = way(final.memory, seed)
     figures = tested(Seen(memory, final.queries), setting)
     unusable = memory.layout.residuals == "top-m" and usual.temperature != 1
@@ -158,19 +161,11 @@ def smaller(way: Way, seed: int, choosing: Seen, final: Seen, usual: Setting) ->
     }
 
 
-def chosen(seen: Seen) -> Setting:
+def chosen(seen: Seen, temperatures: Sequence[float]) -> Setting:
     """The best setting on held-out images, all of it chosen anew."""
     queries = seen.queries
-    said = np.asarray(queries.predictions)
-    return tune(
-        seen.memory,
-        queries.keys,
-        queries.labels,
-        said,
-        n_neighbors=N_NEIGHBORS,
-        temperatures=TEMPERATURES,
-        index="exact",
-    ).best
+    rows = seen.memory, queries.keys, queries.labels, np.asarray(queries.predictions)
+    return tune(*rows, n_neighbors=N_NEIGHBORS, temperatures=temperatures, index="exact").best
 
 
 def tested(seen: Seen, setting: Setting) -> Evaluation:
