@@ -21,7 +21,7 @@ import residual_memory as rm
 from experiments.cifar100.comparisons import Seen
 from experiments.cifar100.measuring import opened, see, see_held_out
 from experiments.cifar100.samples import SAMPLES
-from experiments.language.corpus import tokens_of
+from experiments.language.corpus import WINDOW, tokens_of
 from experiments.language.measuring import measured
 from experiments.language.table import built, windows, with_memory
 from experiments.language.train import train
@@ -29,7 +29,7 @@ from experiments.privacy import FULL_TEXT, QUICK_TEXT, TextPlan
 from experiments.results_file import ResultFile, Row
 from residual_memory.demo.assets import shipped_network
 from residual_memory.demo.cifar100 import Cifar100
-from residual_memory.demo.run import FINE, N_NEIGHBORS, PLAIN
+from residual_memory.demo.run import FINE, PLAIN
 from residual_memory.evaluation import Evaluation, Setting, evaluate
 from residual_memory.language import LanguageSetting, tune_tokens
 from residual_memory.memory import Memory
@@ -40,8 +40,9 @@ from residual_memory.tuning import tune
 
 NAME = "shrinking"
 WHOLE = "whole"
+N_NEIGHBORS = (20, 50, 100)
 TEMPERATURES = (1.0, 1.4, 2.0)
-TEST_TOKENS = 40_000
+TEST_TOKENS = 80 * WINDOW
 DATA = (
     "CIFAR-100: settings from 5,000 held-out training images, figures on the 10,000 test images; enwiki: settings from "
     f"the first 20,000 tokens of its valid split, figures on the first {TEST_TOKENS:,} of its test split"
@@ -59,14 +60,12 @@ class Way:
     drop : which rows go: those that are not "drawn", those that are not in a "random" choice (which all is compared
         with), or those of "small" residuals.
     options : of `shrink` beside those, for twins and for shorter rows.
-    temperatures : to choose from; of lists of classes it is 1.
     """
 
     name: str
     share: float = 1.0
     drop: str = "drawn"
     options: dict[str, Any] = field(default_factory=dict)
-    temperatures: tuple[float, ...] = TEMPERATURES
 
     def __call__(self, memory: Memory, seed: int) -> Memory:
         """The smaller memory, in RAM; a whole one is the memory itself."""
@@ -82,14 +81,13 @@ class Way:
 
 SHORT = {"key_dtype": "float16"}
 IMAGE_ROWS = (
-    Way("whole, temperature 1", temperatures=(1.0,)),
     Way("keys in half precision", options=SHORT),
     *(Way(f"top {m}", options={**SHORT, "top_m": m}) for m in (16, 8, 4)),
 )
-TEXT_ROWS = tuple(Way(f"top {m}", options={"top_m": m}) for m in (4, 2))
-TWINS = tuple(Way(f"twins within {within:g}", options={"twins_within": within}) for within in (0.5, 1.0, 1.5))
+TEXT_ROWS = (Way("top 2", options={"top_m": 2}),)
+TWINS = tuple(Way(f"twins within {within:g}", options={"twins_within": within}) for within in (0.5, 1.0))
 IN_DOCUMENTS = Way("twins within 1, of one document", options={"twins_within": 1.0, "within_groups": True})
-SHARES = (0.75, 0.5, 0.25)
+SHARES = (0.5, 0.25)
 
 
 def fewer(shares: Sequence[float]) -> tuple[Way, ...]:
@@ -101,9 +99,9 @@ def fewer(shares: Sequence[float]) -> tuple[Way, ...]:
 IMAGE_BOTH = tuple(Way(f"{share:.0%}, drawn, top 8", share, options={**SHORT, "top_m": 8}) for share in SHARES)
 TEXT_BOTH = Way("twins within 1, top 2", options={"twins_within": 1.0, "top_m": 2})
 IMAGE_WAYS = (*IMAGE_ROWS, *fewer(SHARES), *TWINS, *IMAGE_BOTH)
-TEXT_WAYS = (*TEXT_ROWS, *fewer(SHARES[1:]), *TWINS, IN_DOCUMENTS, TEXT_BOTH)
-QUICK_WAYS = (*IMAGE_ROWS[3:4], *fewer((0.5,)))
-DRAWS = 3  # seeds of a draw from image keys
+TEXT_WAYS = (*TEXT_ROWS, *fewer(SHARES), *TWINS, IN_DOCUMENTS, TEXT_BOTH)
+QUICK_WAYS = (*IMAGE_ROWS[2:3], *fewer((0.5,)))
+DRAWS = 2  # seeds of a draw from image keys
 
 
 def run(*, quick: bool, fresh: bool) -> None:
@@ -115,7 +113,7 @@ def run(*, quick: bool, fresh: bool) -> None:
     if quick and not plan.training.weights().exists():
         train(plan.training)
     if plan.training.weights().exists():
-        text(results, plan, TEXT_ROWS[1:] if quick else TEXT_WAYS, 2_000 if quick else TEST_TOKENS)
+        text(results, plan, TEXT_ROWS if quick else TEXT_WAYS, 2_000 if quick else TEST_TOKENS)
     else:
         print("the language model is not trained, so text is not measured: see the top of experiments/shrinking.py")
     print(results.table())
@@ -134,7 +132,7 @@ def images(
         return
     choosing = see_held_out(shipped_network("resnet8-45000"), training, SAMPLES["90%"](training), choice)
     final = see(shipped_network("resnet8-50000"), training, np.arange(len(training)), test, choice)
-    usual = chosen(choosing, TEMPERATURES)
+    usual = chosen(choosing)
     for way, seed in wanted:
         row = results.row(f"{name}, {way.name}", seed, partial(smaller, way, seed, choosing, final, usual))
         print(f"{row['setting']}, seed {seed}: {row['rows']:,} rows, gain {100 * row['gain']:+.2f}", flush=True)
@@ -147,7 +145,7 @@ def is_drawn(way: Way) -> bool:
 
 def smaller(way: Way, seed: int, choosing: Seen, final: Seen, usual: Setting) -> Row:
     """A row of the result file: the setting of the smaller memory, and that of the whole one, on test images."""
-    setting = chosen(Seen(way(choosing.memory, seed), choosing.queries), way.temperatures)
+    setting = chosen(Seen(way(choosing.memory, seed), choosing.queries))
     memory = way(final.memory, seed)
     figures = tested(Seen(memory, final.queries), setting)
     unusable = memory.layout.residuals == "top-m" and usual.temperature != 1
@@ -161,11 +159,11 @@ def smaller(way: Way, seed: int, choosing: Seen, final: Seen, usual: Setting) ->
     }
 
 
-def chosen(seen: Seen, temperatures: Sequence[float]) -> Setting:
+def chosen(seen: Seen) -> Setting:
     """The best setting on held-out images, all of it chosen anew."""
     queries = seen.queries
     rows = seen.memory, queries.keys, queries.labels, np.asarray(queries.predictions)
-    return tune(*rows, n_neighbors=N_NEIGHBORS, temperatures=temperatures, index="exact").best
+    return tune(*rows, n_neighbors=N_NEIGHBORS, temperatures=TEMPERATURES, index="exact").best
 
 
 def tested(seen: Seen, setting: Setting) -> Evaluation:
@@ -243,3 +241,54 @@ def bytes_of(memory: Memory, whole: Memory) -> Row:
         "share_of_rows": len(memory) / len(whole),
         "share_of_bytes": len(memory) * sizes[0] / (len(whole) * sizes[1]),
     }
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def averaged(rows: Sequence[Row], name: str) -> dict[str, Row]:
+    """The ways of one memory in their order, the figures of several draws as their mean."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        memory, _, way = row["setting"].partition(", ")
+        if memory == name:
+            found.setdefault(way, []).append(row)
+    return {way: {**some[0], **_means(some)} for way, some in found.items()}
+
+
+def _means(rows: Sequence[Row]) -> Row:
+    """Of the numbers of several rows, where all have one."""
+    numbers = [key for key in rows[0] if all(isinstance(row[key], int | float) for row in rows)]
+    return {key: float(np.mean([row[key] for row in rows])) for key in numbers}
+
+
+def image_table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """The table of docs/shrinking.md of image keys: what is left of the bytes, and gains in points."""
+    found = [averaged(rows, name) for name in names]
+    heads = [f"{name.removeprefix('cifar100 ')}: bytes | gain | old setting" for name in names]
+    lines = ["| what stays | " + " | ".join(heads) + " |", "|---|" + "---|---|---|" * len(names)]
+    for way in found[0]:
+        cells = []
+        for row in (memory[way] for memory in found):
+            old = "–" if row["gain_old_setting"] is None else f"{100 * row['gain_old_setting']:+.2f}"
+            margin = 50 * (row["gain_high"] - row["gain_low"])
+            cells.append(f"{100 * row['share_of_bytes']:.0f} % | {100 * row['gain']:+.2f} ± {margin:.2f} | {old}")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def text_table(rows: Sequence[Row], name: str) -> str:
+    """The table of docs/shrinking.md of text: gains in nats a token, with the old setting too, and in points."""
+    lines = [
+        "| what stays | rows | value, bytes | gain, nats | old setting | gain, points |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, row in averaged(rows, name).items():
+        margin = (row["log_loss_gain_high"] - row["log_loss_gain_low"]) / 2
+        points = 50 * (row["gain_high"] - row["gain_low"])
+        lines.append(
+            f"| {way} | {100 * row['share_of_rows']:.0f} % | {row['value_bytes']:.0f} "
+            f"| {row['log_loss_gain']:.3f} ± {margin:.3f} | {row['log_loss_gain_old_setting']:.3f} "
+            f"| {100 * row['gain']:+.2f} ± {points:.2f} |"
+        )
+    return "\n".join(lines)

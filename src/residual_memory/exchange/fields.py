@@ -60,6 +60,7 @@ class Exported:
 
     Attributes
     ----------
+    snapshot : what the rows are of.
     advance : called with the number of rows whenever a block of a column was taken, for a progress bar.
     """
 
