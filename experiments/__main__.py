@@ -11,6 +11,7 @@ RECIPES = {
     "privacy": "experiments.privacy",
     "roses": "experiments.cifar100.roses",
     "sample-size": "experiments.cifar100.sample_size",
+    "shrinking": "experiments.shrinking",
     "tabular": "experiments.tabular",
 }
 

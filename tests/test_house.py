@@ -24,7 +24,7 @@ LAYERS = [
     {"explanation", "evaluation", "language", "planning"},
     {"tuning", "privacy"},
     {"models", "theory", "figures", "exchange"},
-    {"demo", "selftest", "testing"},
+    {"demo", "selftest", "shrinking", "testing"},
     {"server"},
     {"cli"},
 ]

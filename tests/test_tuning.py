@@ -419,6 +419,20 @@ def test_a_cut_top_m_memory_still_helps_and_keeps_its_temperature() -> None:
     Setting.from_dict(found.best.to_dict()).knn(memory)
 
 
+def test_lists_of_classes_are_tuned_with_a_lambda_above_one_where_that_is_best() -> None:
+    """A base that is so sure that a whole residual does not turn it over."""
+    random = np.random.default_rng(0)
+    labels, said = random.integers(0, 2, 400), np.tile([0.99, 0.01], (400, 1))
+    keys = labels[:, None] + 0.8 * random.normal(size=(400, 1))
+    problem = Problem(keys[:200], labels[:200], said[:200], keys[200:], said[200:])
+    listed = empty_memory(problem, residuals="top-m")
+    listed.append(problem.keys, problem.labels, top_m(problem.predictions, 2))
+    options: dict[str, Any] = {"temperatures": (1.0,), "shrinkages": None}
+    best = [tuned((problem, labels[200:]), some, **options).best for some in (listed, memory_of(problem))]
+    assert best[0].shrinkage > 1
+    assert 0 < best[1].shrinkage <= 1
+
+
 @pytest.mark.parametrize("kernel", ["gaussian", "inverse", "uniform"])
 def test_other_kernels_are_tuned_by_the_same_rules(kernel: str) -> None:
     problem, labels = clustered()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from residual_memory.planning import Plan, estimate, nearest_fitting
     from residual_memory.privacy import PrivacyReport, audit_privacy
     from residual_memory.residuals import temper, top_m
+    from residual_memory.shrinking import Shrunk, shrink
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
     from residual_memory.windows import Encoded, TextFile, Windows
@@ -86,6 +87,8 @@ _ROOMS = {
     "register_index": "indexes.registry",
     "temper": "residuals",
     "top_m": "residuals",
+    "Shrunk": "shrinking",
+    "shrink": "shrinking",
     "Evaluation": "evaluation",
     "Setting": "evaluation",
     "evaluate": "evaluation",
@@ -119,6 +122,7 @@ __all__ = [
     "ResMemRegressor",
     "ResidualKNN",
     "Setting",
+    "Shrunk",
     "TextFile",
     "TokenScores",
     "TopM",
@@ -144,6 +148,7 @@ __all__ = [
     "observe",
     "register_index",
     "salvage",
+    "shrink",
     "temper",
     "to_probabilities",
     "top_m",

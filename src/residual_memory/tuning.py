@@ -36,6 +36,8 @@ N_NEIGHBORS = (1, 2, 5, 10, 20, 50, 100, 200)
 BANDWIDTHS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 TEMPERATURES = (0.7, 1.0, 1.4, 2.0)
 SHRINKAGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# Lists of classes know no temperature but 1, and corrections above 1 take the place of a higher one in part.
+LISTED_SHRINKAGES = (*SHRINKAGES, 1.25, 1.5, 2.0, 3.0)
 # Kriging looks further and shrinks by itself where neighbours are far, so its range is wider and its shrinkage larger.
 KRIGING_BANDWIDTHS = (0.4, 0.8, 1.6)
 KRIGING_SHRINKAGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -89,7 +91,8 @@ def tune(
     bandwidths : values of sigma to try, as multiples of the median distance to the k-th neighbour; None tries what is
         usual for the kernel.
     temperatures : values of T; 1 alone for regression and for top-m memories.
-    shrinkages : values of lambda; 0 is always tried. None tries what is usual for the kernel.
+    shrinkages : values of lambda; 0 is always tried. None tries what is usual for the kernel, and for top-m memories
+        some above 1.
     residual_shares : values to try of how much the neighbours' own predictions count; 1 is the paper's, 0 kNN-LM's.
     nuggets : values to try for kriging.
     kernel : as in `ResidualKNN`, or several of them to choose from.
@@ -127,8 +130,7 @@ def tune(
     shapes, candidates, parts = [], [], []
     for name in kernels:
         some = _shapes(name, found, counts, bandwidths, nuggets)
-        amounts = (KRIGING_SHRINKAGES if name == KRIGING else SHRINKAGES) if shrinkages is None else shrinkages
-        amounts = sorted({0.0, *amounts})
+        amounts = sorted({0.0, *(usual_shrinkages(name, memory) if shrinkages is None else shrinkages)})
         parts.append(_losses_of_all(rows, snapshot, found, some, temperatures, shares, amounts))
         shapes += some
         candidates += [
@@ -151,6 +153,13 @@ def tune(
         best=best if measured.helps else best.without_memory(),
         best_memory_only=shapes[int(alone.mean(axis=1).argmin())],
     )
+
+
+def usual_shrinkages(kernel: str, memory: Memory) -> Sequence[float]:
+    """The values of lambda that are worth trying."""
+    if kernel == KRIGING:
+        return KRIGING_SHRINKAGES
+    return LISTED_SHRINKAGES if memory.layout.residuals == "top-m" else SHRINKAGES
 
 
 def tune_gate(

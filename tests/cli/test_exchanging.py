@@ -1,4 +1,4 @@
-"""`resmem export`, `import` and `merge`: what they print, and how they end."""
+"""`resmem export`, `import`, `merge` and `shrink`: what they print, and how they end."""
 
 from pathlib import Path
 
@@ -89,6 +89,33 @@ def test_memories_are_merged(memory: Path) -> None:
     assert same_bits(both.keys.take(np.arange(400, 430)), data["keys"])
 
 
+def test_a_memory_shrinks(memory: Path) -> None:
+    done("tune", memory, "--data", "held.npz")
+    done("forget", memory, 399)
+    options = ("--keep-rows", 0.5, "--twins-within", 0, "--top-m", 2, "--key-dtype", "float16")
+    found = done("shrink", memory, "small", *options, "--json").json
+    assert (found["rows_before"], found["rows"], found["bytes_per_row"]) == (399, 200, 8 + 12 + 2 + 2 * 2 + 3)
+    assert found["left_out"] == {"twins": 0, "small": 0, "not_drawn": 199}
+    assert found["twin_distance"] == 0
+    assert found["bytes"] == rm.Memory.open("small").n_bytes < found["bytes_before"]
+    assert (found["layout"]["prediction_dtype"], found["setting_kept"]) == ("log8", False)
+    assert len(rm.Memory.open(memory)) == 399
+    assert done("verify", "small", "--json").json["ok"]
+    assert done("tune", "small", "--data", "held.npz", "--json").json["gain"] > 0
+
+
+def test_it_says_what_became_smaller_and_what_did_not_move_along(memory: Path) -> None:
+    done("tune", memory, "--data", "held.npz")
+    out = " ".join(done("shrink", "mem", "small", "--smallest-residual", 0.7).out.split())
+    gone = 400 - len(rm.Memory.open("small"))
+    assert 0 < gone < 400
+    assert f"{400 - gone} of 400 rows of mem in small, " in out
+    assert f"left out 0 twins, {gone} small residuals, 0 not drawn bytes a row 52, before 52" in out
+    assert "the setting did not move along; resmem tune chooses a new one" in out
+    assert "setting" not in done("shrink", memory, "half", "--prediction-dtype", "float16").out
+    assert rm.Memory.open("half").setting == rm.Memory.open(memory).setting
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said", "remedy"),
     [
@@ -110,6 +137,17 @@ def test_memories_are_merged(memory: Path) -> None:
         (("merge", "mem", "--to", "new", "--ids", "nw"), 2, "--ids is 'nw'", "did you mean 'new'?"),
         (("merge", "mem", "memm", "--to", "new"), 2, "there is no memory at memm", "did you mean 'mem'?"),
         (("merge", "mem"), 2, "Missing option '--to'", "resmem merge --help"),
+        (("shrink", "mem", "new"), 2, "nothing would become smaller", "which rows may go"),
+        (("shrink", "mem"), 2, "Missing argument 'TO'", "resmem shrink --help"),
+        (("shrink", "memm", "new", "--top-m", "2"), 2, "there is no memory at memm", "did you mean 'mem'?"),
+        (("shrink", "mem", "mem", "--top-m", "2"), 2, "not empty", "name another path"),
+        (("shrink", "mem", "new", "--keep-rows", "50"), 2, "--keep-rows is 50, expected a number above 0", "shrink"),
+        (("shrink", "mem", "new", "--twins-within", "-1"), 2, "--twins-within is -1", "resmem shrink --help"),
+        (("shrink", "mem", "new", "--smallest-residual", "1"), 2, "the largest residual is 0.8", "ask for less"),
+        (("shrink", "mem", "new", "--top-m", "9"), 2, "top_m is 9, expected at most 4", "resmem shrink --help"),
+        (("shrink", "mem", "new", "--seed", "-1"), 2, "'--seed'", "resmem shrink --help"),
+        (("shrink", "mem", "new", "--prediction-dtype", "log9"), 2, "--prediction-dtype is 'log9'", "did you mean"),
+        (("shrnk", "mem", "new"), 2, "there is no command 'shrnk'", "did you mean 'shrink'?"),
         (("improt", "train.npz", "new"), 2, "there is no command 'improt'", "did you mean 'import'?"),
     ],
 )

@@ -106,7 +106,7 @@ _PANELS = {
         keeping.salvage,
         keeping.info,
     ),
-    "In and out": (exchanging.export, exchanging.import_, exchanging.merge),
+    "In and out": (exchanging.export, exchanging.import_, exchanging.merge, exchanging.shrink),
     "Plan": (planning.estimate, measuring.bench, doctor.doctor),
 }
 _NAMES = {

@@ -60,29 +60,30 @@ class Exported:
 
     Attributes
     ----------
+    snapshot : what the rows are of.
     advance : called with the number of rows whenever a block of a column was taken, for a progress bar.
     """
 
     def __init__(self, memory: Memory) -> None:
-        self._snapshot: Snapshot = memory.snapshot
-        self.n_rows = len(self._snapshot)
+        self.snapshot: Snapshot = memory.snapshot
+        self.n_rows = len(self.snapshot)
         self.advance: Advance = lambda values: None
 
     @property
     def ids(self) -> Shaped[ndarray, " n"]:
         """Of the rows, all at once."""
-        return self._snapshot.ids
+        return self.snapshot.ids
 
     @property
     def description(self) -> bytes:
         """What makes an identical memory of the same rows."""
         carried = [field.name for field in self.fields if field.name == EXPIRES]
-        return description_of(self._snapshot.manifest, [*carried, *(text.name for text in self.texts)])
+        return description_of(self.snapshot.manifest, [*carried, *(text.name for text in self.texts)])
 
     @cached_property
     def fields(self) -> list[Field]:
         """The columns."""
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         columns = {name: snapshot.column(name) for name in snapshot.layout.columns(snapshot.manifest.top_m or 1)}
         names = {"ids": snapshot.id_column, "groups": snapshot.group_column}
         fields = [self._field(name, column) for name, column in columns.items()]
@@ -95,7 +96,7 @@ class Exported:
     @cached_property
     def texts(self) -> list[TextField]:
         """The columns of texts that some row has."""
-        tables = self._snapshot.tables
+        tables = self.snapshot.tables
         found = [
             self._text_field(name, [texts_in(table, name, len(table["ids"])) for table in tables])
             for name in TEXTS
@@ -115,8 +116,8 @@ class Exported:
         """The rows, some at a time."""
         row_bytes = sum(field.dtype.itemsize * int(np.prod(field.shape, dtype=int)) for field in self.fields)
         step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, self._snapshot.n_rows, step):
-            rows = start + np.flatnonzero(self._snapshot.alive[start : start + step])
+        for start in range(0, self.snapshot.n_rows, step):
+            rows = start + np.flatnonzero(self.snapshot.alive[start : start + step])
             if len(rows):
                 lengths = [text.lengths(rows) for text in self.texts]
                 n_bytes = np.cumsum(np.sum([np.zeros(len(rows), np.int64), *lengths], axis=0))
@@ -136,16 +137,16 @@ class Exported:
     @cached_property
     def _alive(self) -> list[Bool[ndarray, " _"]]:
         """Which rows of each segment are not forgotten."""
-        ends = np.cumsum([len(table["ids"]) for table in self._snapshot.tables])
-        return np.split(self._snapshot.alive, ends)[:-1]
+        ends = np.cumsum([len(table["ids"]) for table in self.snapshot.tables])
+        return np.split(self.snapshot.alive, ends)[:-1]
 
     def _text_field(self, name: str, parts: list[Texts]) -> TextField:
         def lengths(rows: Int64[ndarray, " b"]) -> Int64[ndarray, " b"]:
-            runs = self._snapshot.by_segment(rows)[0]
+            runs = self.snapshot.by_segment(rows)[0]
             return np.concatenate([_lengths(part, some) for part, some in zip(parts, runs, strict=True)])
 
         def take(rows: Int64[ndarray, " b"]) -> Texts:
-            runs = self._snapshot.by_segment(rows)[0]
+            runs = self.snapshot.by_segment(rows)[0]
             return Texts.joined([part.take(some) for part, some in zip(parts, runs, strict=True)])
 
         alive = map(np.flatnonzero, self._alive)
@@ -161,16 +162,16 @@ class Exported:
         return telling
 
     def _field(self, name: str, column: Column) -> Field:
-        m = self._snapshot.manifest.top_m or 1
-        dtype, shape = self._snapshot.layout.columns(m)[name]
-        if self._snapshot.layout.log_scale is None or name not in TOP_M[1:]:
+        m = self.snapshot.manifest.top_m or 1
+        dtype, shape = self.snapshot.layout.columns(m)[name]
+        if self.snapshot.layout.log_scale is None or name not in TOP_M[1:]:
             return Field(name, dtype, shape, column.take)
         return Field(name, np.dtype(np.float32), shape, lambda rows: self._portable(rows)[TOP_M.index(name) - 1])
 
     def _portable(self, rows: Int64[ndarray, " b"]) -> tuple[ndarray, ndarray]:
-        scale = self._snapshot.layout.log_scale
+        scale = self.snapshot.layout.log_scale
         assert scale is not None
-        listed, rest = (self._snapshot.column(name).take(rows) for name in TOP_M[1:])
+        listed, rest = (self.snapshot.column(name).take(rows) for name in TOP_M[1:])
         return scale.portable(listed, rest)
 
 
