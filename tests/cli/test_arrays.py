@@ -1,5 +1,6 @@
 """Memories from arrays: every form of them, end to end, interrupted and in little memory."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -355,10 +356,14 @@ def test_a_build_holds_a_part_of_the_source_alone(tmp_path: Path, form: str) -> 
 
 def test_an_index_is_kept_with_the_memory_until_it_is_compacted(memory: Path) -> None:
     ran = done("index", memory, "--index", "faiss:IVF8,Flat?nprobe=4")
-    assert ran.out == "saved faiss IVF8,Flat, 400 rows\n"
+    assert re.fullmatch(r"saved faiss IVF8,Flat \(nprobe 4, k_factor 1: recall 0\.\d+ at 50\), 400 rows\n", ran.out)
     with rm.Memory.open(memory) as opened:
         (part,) = opened.saved_parts(opened.snapshot)
         assert part.n_rows == 400
+    shown = done("info", memory)
+    assert f"400 rows, {part.description}" in shown.out
+    (saved,) = done("info", memory, "--json").json["saved_indexes"]
+    assert (saved["rows"], saved["index"]) == (400, part.description)
     done("evaluate", memory, "--data", "held.npz", "--index", "faiss:IVF8,Flat")
     done("forget", memory, "4")
     done("compact", memory)

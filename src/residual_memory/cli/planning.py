@@ -162,8 +162,8 @@ def time_text(seconds: float) -> str:
 
     Examples
     --------
-    >>> time_text(0.3), time_text(90), time_text(4000), time_text(900_000)
-    ('0.3 s', '90 s', '67 min', '10.4 days')
+    >>> time_text(0.3), time_text(90.0), time_text(4e3), time_text(9e5)
+    ('0.3 s', '90 s', '66.7 min', '10.4 days')
     """
     for unit, scale, least in (("days", 86_400, 172_800), ("h", 3600, 7200), ("min", 60, 120)):
         if seconds >= least:
