@@ -1,5 +1,6 @@
 """Compressed indexes: a recall that is asked for, rows that come later, rows that are forgotten."""
 
+import re
 import warnings
 from typing import Any
 
@@ -11,9 +12,9 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput, LowRecall
 from residual_memory.indexes import faiss as engine
 from residual_memory.indexes import registry
-from residual_memory.indexes.base import Usable, listed_for, nearest
+from residual_memory.indexes.base import Index, Usable, listed_for, nearest
 from residual_memory.indexes.calibration import Calibration, Point, true_distances
-from residual_memory.indexes.faiss import two_level_centroids
+from residual_memory.indexes.faiss import FaissEngine, two_level_centroids
 from residual_memory.indexes.registry import build_index, check_index, parse_spec
 from residual_memory.memory import Column
 from residual_memory.metrics import recall
@@ -80,6 +81,56 @@ def test_the_cheapest_way_reaches_the_recall_with_a_margin_or_comes_nearest() ->
     assert known.cheapest(0.99, listed_for(50), {}) == points[3]
     assert known.cheapest(0.93, listed_for(49), {}) == points[3], "fewer neighbours are harder to find"
     assert known.cheapest(0.93, listed_for(2), {}) == points[3]
+
+
+def again(keys: Column, saved: str, asked: str) -> Index:
+    """An index built and saved with some options of queries, and loaded with others."""
+    built, spec = build_index(parse_spec(saved), keys, 0, len(keys)), parse_spec(asked)
+    return FaissEngine().load(spec, keys, 0, len(keys), built.saved(), built.measured())
+
+
+@pytest.mark.parametrize("asked", ["?nprobe=7", "?k_factor=5", "?nprobe=7&k_factor=5", "", "?recall=0.9"])
+@pytest.mark.parametrize("saved", ["", "?nprobe=5", "?recall=0.99&k_factor=7"])
+def test_a_saved_index_can_be_asked_in_ways_that_were_not_measured(saved: str, asked: str) -> None:
+    keys, queries = many(2500)
+    index = again(keys, SPEC + saved, SPEC + asked)
+    told = float(re.findall(r"recall ([\d.]+) at 50", index.description)[0])
+    distances = nearest([index], keys, queries, 50).distances
+    reached = recall(distances, true_distances(keys, 0, len(keys), queries, 50)[0], tolerance=1e-6)
+    assert reached >= told - 0.03
+
+
+def test_a_named_option_that_was_not_measured_is_measured_when_a_recall_is_asked_for() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LowRecall)
+        index = again(many(2500)[0], SPEC, f"{SPEC}?recall=0.5&nprobe=7")
+    assert "(nprobe 7, " in index.description
+
+
+def test_nothing_is_told_of_a_way_that_looks_less_hard_than_any_that_was_measured() -> None:
+    index = again(many(2500)[0], SPEC, f"{SPEC}?k_factor=1")
+    known = index.measured()
+    assert known is not None
+    fewer = {**known, "points": [point for point in known["points"] if point["k_factor"] > 1]}
+    keys = many(2500)[0]
+    spec = parse_spec(f"{SPEC}?k_factor=1")
+    assert "recall" not in FaissEngine().load(spec, keys, 0, len(keys), index.saved(), fewer).description
+
+
+def test_the_effort_that_is_used_is_measured_also_where_fewer_cells_find_all() -> None:
+    random = np.random.default_rng(0)
+    apart = (1000 * random.normal(size=(64, 1, 8)) + random.normal(size=(64, 120, 8))).reshape(-1, 8).astype(np.float32)
+    keys = Column([apart], np.zeros((0, 8)))
+    index = again(keys, "faiss:IVF64,Flat?nprobe=32", "faiss:IVF64,Flat?nprobe=32")
+    assert "(nprobe 32, k_factor 1: recall 1.000" in index.description
+
+
+def test_more_distances_than_rows_are_infinite() -> None:
+    keys, queries = many(700)
+    distances, rows = true_distances(keys, 0, 5, queries, 7)
+    assert np.isinf(distances[:, 5:]).all()
+    assert (rows[:, 5:] == -1).all()
+    assert np.isfinite(distances[:, :5]).all()
 
 
 def test_true_distances_are_those_of_all_rows() -> None:

@@ -21,8 +21,9 @@ from residual_memory.errors import DimensionMismatch, FingerprintMismatch, InSam
 from residual_memory.evaluation import Setting
 from residual_memory.memory import Memory
 from residual_memory.models import watching
+from residual_memory.models.base import Side
 from residual_memory.models.torch import ResMemModule, Watch, build_memory, exportable, observe
-from residual_memory.models.watching import fingerprint, pooled
+from residual_memory.models.watching import captured, fingerprint, pooled
 from residual_memory.residuals import temper
 from tests import reference
 from tests.models.nets import (
@@ -965,6 +966,32 @@ def test_two_threads_with_one_model_do_not_mix_keys(layer: str | None) -> None:
     assert torch.equal(first, ones)
     assert torch.equal(second, twos)
     assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_thread_may_stop_watching_while_another_one_is_at_the_layer(side: Side) -> None:
+    there, gone = threading.Event(), threading.Event()
+
+    def wait(*_arguments: Any) -> None:
+        there.set()
+        assert gone.wait(10)
+
+    layer = nn.Linear(4, 3)
+    layer.register_forward_pre_hook(wait) if side == "input" else layer.register_forward_hook(wait)
+
+    def stop() -> None:
+        with captured(layer, side) as caught:
+            started.set()
+            assert there.wait(10)  # torch has listed the hooks that it will call
+        gone.set()
+        assert not caught
+
+    def run() -> Tensor:
+        assert started.wait(10)
+        return layer(torch.ones(2, 4))
+
+    started = threading.Event()
+    assert in_threads(stop, run)[1].shape == (2, 3)
 
 
 def test_a_thread_that_is_done_does_not_switch_another_ones_model_to_training() -> None:

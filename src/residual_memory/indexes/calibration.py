@@ -68,17 +68,25 @@ class Calibration:
         Parameters
         ----------
         listed : how many rows the index is asked for.
-        named : `effort` and `k_factor` where they may not be chosen.
+        named : `effort` and `k_factor` where they may not be chosen; a way with them was measured (`covers`).
         """
-        allowed = [p for p in self.points if all(getattr(p, name) == value for name, value in named.items())]
+        allowed = self._allowed(named)
         place, aim = self._place(listed), recall + MARGIN * (1 - recall)
         reaching = [point for point in allowed if point.recalls[place] >= aim]
         return min(reaching, key=lambda p: p.seconds) if reaching else max(allowed, key=lambda p: p.recalls[place])
 
-    def recall(self, effort: float, k_factor: float, listed: int) -> float:
-        """What was measured of one way of asking for so many rows."""
-        point = next(p for p in self.points if (p.effort, p.k_factor) == (effort, k_factor))
-        return point.recalls[self._place(listed)]
+    def covers(self, named: Mapping[str, float]) -> bool:
+        """Whether a way with these was measured."""
+        return bool(self._allowed(named))
+
+    def recall(self, effort: float, k_factor: float, listed: int) -> float | None:
+        """At least what one way of asking for so many rows finds: the best measured that looks no harder, if any."""
+        place = self._place(listed)
+        easier = (p.recalls[place] for p in self.points if p.effort <= effort and p.k_factor <= k_factor)
+        return max(easier, default=None)
+
+    def _allowed(self, named: Mapping[str, float]) -> list[Point]:
+        return [p for p in self.points if all(getattr(p, name) == value for name, value in named.items())]
 
     def _place(self, listed: int) -> int:
         """Of the largest number of neighbours that was measured and is not above that of a search: fewer are harder."""
@@ -129,6 +137,7 @@ def calibrated(
     lister: Callable[[float], Lister],
     efforts: Sequence[float],
     factors: Sequence[float],
+    usual: float,
     without: Int64[ndarray, " t"],
 ) -> Calibration:
     """Measure an index over rows `first` … `first + n_rows − 1`.
@@ -138,6 +147,7 @@ def calibrated(
     lister : gives, for an effort, the search of the index.
     efforts : ascending; the last ones are left out where they cannot find more.
     factors : lengths of shortlists, in units of what `nearest` asks for; ascending.
+    usual : an effort that is measured in any case.
     without : rows that the index was trained on, which it finds too easily: they are asked only where there are few
         others.
     """
@@ -147,23 +157,25 @@ def calibrated(
     reach = _true_reach(keys, first, n_rows, queries, rows, counts)
     lengths = [min(int(LISTED * factor), n_rows) for factor in factors]
     points: list[Point] = []
-    best = 0.0
+    best, enough = 0.0, False
     for effort in efforts:
+        if enough and effort != usual:
+            continue
         search = lister(effort)
         short, _ = _timed(partial(search, queries, lengths[0]))
         whole, listed = _timed(partial(search, queries, lengths[-1]))
         scoring, distances = _timed(partial(pair_distances, keys, queries, listed))
-        each = (max(whole - short, 0.0) + scoring) / max(lengths[-1] - lengths[0], 1)
+        longer = max(whole - short, 0.0) / max(lengths[-1] - lengths[0], 1)
         distances[listed == rows[:, None]] = np.inf
         for factor, length in zip(factors, lengths, strict=True):
             recalls = tuple(
                 _recall(distances[:, : int(listed_for(k) * factor)], near, k)
                 for k, near in zip(counts, reach, strict=True)
             )
-            points.append(Point(effort, factor, recalls, (short + each * length) / len(queries)))
+            seconds = short + longer * (length - lengths[0]) + scoring * length / lengths[-1]
+            points.append(Point(effort, factor, recalls, seconds / len(queries)))
         least = min(points[-1].recalls)
-        if least >= ENOUGH or 0 < best >= least - NO_GAIN:
-            break
+        enough = enough or least >= ENOUGH or 0 < best >= least - NO_GAIN
         best = least
     return Calibration(len(queries), counts, tuple(points))
 

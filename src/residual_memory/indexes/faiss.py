@@ -134,6 +134,8 @@ class Faiss(Index):
         self._usual = Way(options.get(name, effort), options.get(K_FACTOR, k_factor))
         set_options(index, self.factory, {**options, name: self._usual.effort} if name else options)
         if self._recall is not None:
+            if self.known is not None and not self.known.covers(self._named):
+                self.known = None  # it was measured for other options
             self._calibration()
             self._warn_of_low_recall(self._recall)
 
@@ -173,8 +175,9 @@ class Faiss(Index):
         listed = listed_for(DESCRIBED_K)
         way = self._way(listed)
         searched = f"{effort_name(self.factory)} {way.effort:g}, " if way.effort else ""
-        found = self.known.recall(way.effort, way.k_factor, listed)
-        return f"faiss {self.factory} ({searched}k_factor {way.k_factor:g}: recall {found:.3f} at {DESCRIBED_K})"
+        recall = self.known.recall(way.effort, way.k_factor, listed)
+        found = "" if recall is None else f": recall {recall:.3f} at {DESCRIBED_K}"
+        return f"faiss {self.factory} ({searched}k_factor {way.k_factor:g}{found})"
 
     def _way(self, listed: int) -> Way:
         """How so many rows are asked for."""
@@ -192,14 +195,21 @@ class Faiss(Index):
             factors = sorted({*FACTORS, self._usual.k_factor})
             taught = _training_rows(self._keys.width, self.first, self.n_rows, self.factory)
             self.known = calibrated(
-                self._keys, self.first, self.n_rows, self._listing, efforts, factors, without=taught
+                self._keys,
+                self.first,
+                self.n_rows,
+                self._listing,
+                efforts,
+                factors,
+                usual=self._usual.effort,
+                without=taught,
             )
         return self.known
 
     def _warn_of_low_recall(self, wanted: float) -> None:
         listed = listed_for(DESCRIBED_K)
         found = self._calibration().recall(*self._way(listed), listed)
-        if found < wanted:
+        if found is not None and found < wanted:
             warnings.warn(
                 f"index {self.factory!r} finds {found:.3f} of the neighbours at most, {wanted:g} were asked for; its "
                 "codes are too coarse: name one with longer ones",

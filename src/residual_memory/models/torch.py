@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -596,10 +597,16 @@ def _last_linear(model: nn.Module, forward: Callable[[], Any]) -> str:
     """The Linear that runs last in a forward pass."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     ran: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _module, _inputs, name=name: ran.append(name))
-        for name, module in linears.items()
-    ]
+    thread = threading.get_ident()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            if threading.get_ident() == thread:
+                ran.append(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
     try:
         forward()
     finally:
@@ -614,9 +621,12 @@ def _last_linear(model: nn.Module, forward: Callable[[], Any]) -> str:
 def _last_maps(model: nn.Module, forward: Callable[[], Any]) -> tuple[str | None, str | None]:
     """The module that gives the last feature maps wider than 1 x 1, and the last convolution that looks around."""
     ran: list[tuple[str, nn.Module]] = []
+    thread = threading.get_ident()
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, result: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             if isinstance(result, Tensor) and result.ndim == 4 and min(result.shape[2:]) > 1:
                 ran.append((name, module))
 

@@ -404,8 +404,8 @@ class ResMemForCausalLM(nn.Module):
         """While the context lasts, the model itself gives corrected logits on this thread, whoever calls it."""
         thread = threading.get_ident()
 
-        def correct(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any = None) -> Any:
-            # Another thread may meet the hook while torch registers it, and then gives it no options.
+        def correct(module: nn.Module, inputs: tuple[Any, ...], options: Any, result: Any = None) -> Any:
+            # Another thread may meet the hook while torch registers or removes it, and then gives it no options.
             del module, inputs
             if threading.get_ident() != thread:
                 return None

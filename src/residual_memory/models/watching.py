@@ -118,7 +118,8 @@ def captured(layer: nn.Module, side: Side) -> Iterator[list[Tensor]]:
     caught: list[Tensor] = []
     thread = threading.get_ident()
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], result: Any = None) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...], options: Any = None, result: Any = None) -> None:
+        # Another thread may meet the hook while torch registers or removes it, and then gives it no options.
         del module
         if threading.get_ident() == thread:
             caught.append(first_tensor((*inputs, *options.values()) if side == "input" else result).clone())
