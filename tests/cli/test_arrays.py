@@ -324,10 +324,10 @@ print(json.dumps({"code": code, "peak": 1000 * (kilobytes("VmHWM") - before)}), 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_a_build_holds_a_part_of_the_source_alone(tmp_path: Path, form: str) -> None:
-    """Measured: 120 and 185 MB, of which the builder and the write take 110; with the source held it would be 315."""
+    """Measured: 120 and 220 MB, however long the source is, of which the builder takes 110; held it would add 307."""
     import json
 
-    n, d = 400_000, 128  # 205 MB of keys, in one row group
+    n, d = 600_000, 128  # 307 MB of keys, in one row group
     keys = np.tile(np.random.default_rng(0).normal(size=(1000, d)).astype(np.float32), (n // 1000, 1))
     data: dict[str, Any] = {
         "keys": keys,
@@ -351,7 +351,7 @@ def test_a_build_holds_a_part_of_the_source_alone(tmp_path: Path, form: str) -> 
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(ran.stderr.splitlines()[-1])
     assert found["code"] == 0
-    assert found["peak"] < 225e6
+    assert found["peak"] < 300e6
 
 
 def test_an_index_is_kept_with_the_memory_until_it_is_compacted(memory: Path) -> None:
