@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Measured, Pieces, Usable, numbers_of
+from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, Stored, Usable, numbers_of
 from residual_memory.indexes.distances import KeySource
 from residual_memory.indexes.footprint import BuildTime, ExampleKeys, Footprint, extrapolated
 
@@ -66,18 +66,10 @@ class LanceEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> str:
         return f"lance {lance.__version__}:{spec.build}"
 
-    def load(
-        self,
-        spec: IndexSpec,
-        keys: KeySource,
-        first: int,
-        n_rows: int,
-        stored: Pieces,
-        measured: Measured | None = None,
-    ) -> Index:
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
         folder = Path(tempfile.mkdtemp(prefix="lance-"))
         try:
-            return LanceIndex(spec, folder, _unpacked(stored, folder, n_rows, keys.width), first)
+            return LanceIndex(spec, folder, _unpacked(stored.pieces, folder, n_rows, keys.width), first)
         except (OSError, ValueError, KeyError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise CorruptFile(f"Lance cannot read a saved index: {error}") from error
@@ -132,15 +124,15 @@ def _batches(keys: KeySource, first: int, n_rows: int, columns: pa.Schema) -> It
         done += len(some)
 
 
-def _unpacked(stored: Pieces, folder: Path, n_rows: int, width: int) -> lance.LanceDataset:
+def _unpacked(pieces: Pieces, folder: Path, n_rows: int, width: int) -> lance.LanceDataset:
     """The dataset of a saved index, in a folder outside which nothing is written.
 
     Raises
     ------
     OSError, ValueError, KeyError : if it is not what was saved of so many keys of this width.
     """
-    files = {name: piece for name, piece in stored.items() if name != NAMES}
-    if json.loads(bytes(stored[NAMES])) != list(files):
+    files = {name: piece for name, piece in pieces.items() if name != NAMES}
+    if json.loads(bytes(pieces[NAMES])) != list(files):
         raise ValueError("it holds other files than it lists")
     for name, piece in files.items():
         path = PurePosixPath(name)

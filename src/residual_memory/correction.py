@@ -12,7 +12,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.errors import CorruptFile, DimensionMismatch, FewerNeighbors, InvalidInput
-from residual_memory.indexes.base import Index, IndexSpec, Reject, Usable, nearest
+from residual_memory.indexes.base import Index, IndexSpec, Reject, Stored, Usable, nearest
 from residual_memory.indexes.distances import distances_among
 from residual_memory.indexes.registry import build_index, check_index, load_index, parse_spec, resolved, saved_spec
 from residual_memory.kernels import KRIGING, as_nugget, check_kernel, kernel_named, kriging_weights
@@ -414,7 +414,8 @@ class ResidualKNN:
             if part.first != covered or spec is None or (pieces := self.memory.read_part(part)) is None:
                 continue
             try:
-                index = load_index(spec, snapshot.keys, part.first, part.n_rows, pieces, part.measured)
+                stored = Stored(pieces, part.measured)
+                index = load_index(spec, snapshot.keys, part.first, part.n_rows, stored)
             except CorruptFile:
                 continue
             covered = part.end

@@ -13,7 +13,7 @@ import pytest
 
 import residual_memory as rm
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import IndexSpec
+from residual_memory.indexes.base import IndexSpec, Stored
 from residual_memory.indexes.registry import engine_named, parse_spec
 from residual_memory.testing import IndexContract
 from residual_memory.testing.problems import classification, clustered, column
@@ -111,5 +111,5 @@ def test_a_saved_index_writes_nothing_outside_its_folder(name: str) -> None:
     pieces = {**engine.build(spec, keys, 0, 600).saved(), name: b"x"}
     pieces["names"] = json.dumps([other for other in pieces if other != "names"]).encode()
     with pytest.raises(CorruptFile, match="it names a file"):
-        engine.load(spec, keys, 0, 600, pieces)
+        engine.load(spec, keys, 0, 600, Stored(pieces))
     assert not (Path(tempfile.gettempdir()) / "out-of-its-folder").exists()

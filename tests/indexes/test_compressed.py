@@ -12,7 +12,7 @@ from numpy import ndarray
 from residual_memory.errors import InvalidInput, LowRecall
 from residual_memory.indexes import faiss as engine
 from residual_memory.indexes import registry
-from residual_memory.indexes.base import Index, Usable, listed_for, nearest
+from residual_memory.indexes.base import Index, Stored, Usable, listed_for, nearest
 from residual_memory.indexes.calibration import Calibration, Point, true_distances
 from residual_memory.indexes.faiss import FaissEngine, two_level_centroids
 from residual_memory.indexes.registry import build_index, check_index, parse_spec
@@ -86,7 +86,7 @@ def test_the_cheapest_way_reaches_the_recall_with_a_margin_or_comes_nearest() ->
 def again(keys: Column, saved: str, asked: str) -> Index:
     """An index built and saved with some options of queries, and loaded with others."""
     built, spec = build_index(parse_spec(saved), keys, 0, len(keys)), parse_spec(asked)
-    return FaissEngine().load(spec, keys, 0, len(keys), built.saved(), built.measured())
+    return FaissEngine().load(spec, keys, 0, len(keys), Stored(built.saved(), built.measured()))
 
 
 @pytest.mark.parametrize("asked", ["?nprobe=7", "?k_factor=5", "?nprobe=7&k_factor=5", "", "?recall=0.9"])
@@ -114,7 +114,7 @@ def test_nothing_is_told_of_a_way_that_looks_less_hard_than_any_that_was_measure
     fewer = {**known, "points": [point for point in known["points"] if point["k_factor"] > 1]}
     keys = many(2500)[0]
     spec = parse_spec(f"{SPEC}?k_factor=1")
-    assert "recall" not in FaissEngine().load(spec, keys, 0, len(keys), index.saved(), fewer).description
+    assert "recall" not in FaissEngine().load(spec, keys, 0, len(keys), Stored(index.saved(), fewer)).description
 
 
 def test_the_effort_that_is_used_is_measured_also_where_fewer_cells_find_all() -> None:

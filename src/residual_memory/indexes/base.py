@@ -33,6 +33,20 @@ Pieces = Mapping[str, bytes | memoryview]  # what an engine built, as named byte
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What was kept of an index.
+
+    Attributes
+    ----------
+    pieces : what `Index.saved` gave.
+    measured : what `Index.measured` gave.
+    """
+
+    pieces: Pieces
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
 class IndexSpec:
     """An engine, what to build, and how to query: "ENGINE:BUILD?NAME=VALUE&NAME=VALUE".
 
@@ -183,16 +197,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def load(
-        self,
-        spec: IndexSpec,
-        keys: KeySource,
-        first: int,
-        n_rows: int,
-        stored: Pieces,
-        measured: Measured | None = None,
-    ) -> Index:
-        """The index that `Index.saved` and `Index.measured` gave under the same `saved_name`.
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
+        """The index that was kept under the same `saved_name`.
 
         Raises
         ------

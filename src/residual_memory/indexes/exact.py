@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
-from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Measured, Pieces, Usable, require
+from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, Pieces, Stored, Usable, require
 from residual_memory.indexes.distances import KeySource, squared_error
 from residual_memory.indexes.footprint import BuildTime, ExampleKeys, Footprint, extrapolated
 
@@ -53,15 +53,7 @@ class ExactEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> None:
         return None
 
-    def load(
-        self,
-        spec: IndexSpec,
-        keys: KeySource,
-        first: int,
-        n_rows: int,
-        stored: Pieces,
-        measured: Measured | None = None,
-    ) -> Index:
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
         raise InvalidInput("of exact search nothing is saved")
 
 

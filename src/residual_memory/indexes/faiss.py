@@ -18,6 +18,7 @@ from residual_memory.indexes.base import (
     IndexSpec,
     Measured,
     Pieces,
+    Stored,
     Usable,
     listed_for,
     numbers_of,
@@ -79,17 +80,9 @@ class FaissEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> str:
         return _saved_name(spec.build)
 
-    def load(
-        self,
-        spec: IndexSpec,
-        keys: KeySource,
-        first: int,
-        n_rows: int,
-        stored: Pieces,
-        measured: Measured | None = None,
-    ) -> Index:
-        index = _loaded(stored, type(empty_index(keys.width, spec.build)), keys.width, n_rows)
-        known = None if measured is None else Calibration.read(measured)
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
+        index = _loaded(stored.pieces, type(empty_index(keys.width, spec.build)), keys.width, n_rows)
+        known = None if stored.measured is None else Calibration.read(stored.measured)
         return Faiss(
             keys, first, n_rows, factory=spec.build, options=numbers_of(spec.options), index=index, known=known
         )

@@ -34,8 +34,8 @@ from residual_memory.indexes.base import (
     Engine,
     Index,
     IndexSpec,
-    Measured,
     Pieces,
+    Stored,
     Usable,
     nearest,
     numbers_of,
@@ -97,15 +97,7 @@ class RayEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> None:
         return None
 
-    def load(
-        self,
-        spec: IndexSpec,
-        keys: KeySource,
-        first: int,
-        n_rows: int,
-        stored: Pieces,
-        measured: Measured | None = None,
-    ) -> Index:
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
         raise InvalidInput("of a search by Ray nothing is saved")
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from residual_memory.errors import BrokenPlugin, InvalidInput
-from residual_memory.indexes.base import Engine, Index, IndexSpec, Measured, Pieces, numbers_of
+from residual_memory.indexes.base import Engine, Index, IndexSpec, Stored, numbers_of
 from residual_memory.indexes.calibration import as_recall
 from residual_memory.indexes.distances import KeySource
 from residual_memory.indexes.footprint import Footprint
@@ -230,14 +230,12 @@ def saved_spec(spec: IndexSpec, name: str, width: int, n_rows: int) -> IndexSpec
     return spec if engine_named(spec.engine).saved_name(spec) == name else None
 
 
-def load_index(
-    spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Pieces, measured: Measured | None
-) -> Index:
-    """The index over some rows, from what was saved of it; the spec is that of `saved_spec`.
+def load_index(spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
+    """The index over some rows, from what was kept of it; the spec is that of `saved_spec`.
 
     Raises
     ------
     InvalidInput : if an option does not fit.
     CorruptFile : if the engine cannot read it.
     """
-    return engine_named(spec.engine).load(spec, keys, first, n_rows, stored, measured)
+    return engine_named(spec.engine).load(spec, keys, first, n_rows, stored)

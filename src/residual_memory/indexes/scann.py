@@ -17,8 +17,8 @@ from residual_memory.indexes.base import (
     Engine,
     Index,
     IndexSpec,
-    Measured,
     Pieces,
+    Stored,
     Usable,
     numbers_of,
     require,
@@ -79,16 +79,8 @@ class ScannEngine(Engine):
     def saved_name(self, spec: IndexSpec) -> str:
         return _saved_name(spec.build)
 
-    def load(
-        self,
-        spec: IndexSpec,
-        keys: KeySource,
-        first: int,
-        n_rows: int,
-        stored: Pieces,
-        measured: Measured | None = None,
-    ) -> Index:
-        return Scann(keys, first, n_rows, build=spec.build, options=numbers_of(spec.options), stored=stored)
+    def load(self, spec: IndexSpec, keys: KeySource, first: int, n_rows: int, stored: Stored) -> Index:
+        return Scann(keys, first, n_rows, build=spec.build, options=numbers_of(spec.options), stored=stored.pieces)
 
 
 def _saved_name(build: str) -> str:

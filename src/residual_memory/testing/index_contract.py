@@ -12,7 +12,7 @@ import pytest
 from numpy import ndarray
 
 from residual_memory.errors import CorruptFile, InvalidInput
-from residual_memory.indexes.base import Index, Usable, nearest
+from residual_memory.indexes.base import Index, Stored, Usable, nearest
 from residual_memory.indexes.distances import pair_distances
 from residual_memory.indexes.registry import build_index, check_index, engine_named, load_index, parse_spec, saved_spec
 from residual_memory.memory import Column
@@ -234,7 +234,7 @@ class IndexContract:
         pieces = {name: bytes(piece) for name, piece in built.saved().items()}
         measured = json.loads(json.dumps(built.measured()))
         assert saved_spec(spec, built.saved_as, 8, 800) == spec
-        loaded = load_index(spec, keys, 0, 800, pieces, measured)
+        loaded = load_index(spec, keys, 0, 800, Stored(pieces, measured))
         assert (loaded.first, loaded.n_rows, loaded.saved_as) == (0, 800, built.saved_as)
         first, second = (nearest([part], keys, problem.queries, K) for part in (built, loaded))
         np.testing.assert_array_equal(first.rows, second.rows)
@@ -248,9 +248,9 @@ class IndexContract:
         for name in pieces:
             others = {other: piece for other, piece in pieces.items() if other != name}
             with pytest.raises(CorruptFile):
-                load_index(spec, keys, 0, 800, others, None)
+                load_index(spec, keys, 0, 800, Stored(others))
         with pytest.raises(CorruptFile):
-            load_index(spec, keys, 0, 799, pieces, None)
+            load_index(spec, keys, 0, 799, Stored(pieces))
 
     def test_it_says_what_it_will_take(self) -> None:
         spec = parse_spec(self.spec)
