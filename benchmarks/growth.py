@@ -1,10 +1,11 @@
-"""Make a memory of so many clustered keys of 64 numbers, its index, and ask it: one process, one line of JSON.
+"""Make a memory of so many clustered keys of 64 numbers and its index, and ask it in another process: a line of JSON.
 
 python -m benchmarks.growth ROWS FOLDER
 """
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -67,11 +68,16 @@ def blocks_of(keys: Iterator[ndarray]) -> Iterator[Mapping[str, Any]]:
 
 
 def main() -> None:
-    """Arguments: the number of rows, and a folder on the disk to be used."""
+    """Arguments: the number of rows, and a folder on the disk to be used; with "ask" and an index, of what is there."""
     n, path = int(sys.argv[1]), Path(sys.argv[2]) / f"growth-{sys.argv[1]}"
+    print(json.dumps(asked(path, sys.argv[4]) if sys.argv[3:4] == ["ask"] else grown(n, path)))
+
+
+def grown(n: int, path: Path) -> Mapping[str, Any]:
+    """What a memory takes to be made, and then, in a process that did not make it, to be asked."""
+    index = f"faiss:{auto_factory(DIM, n, free_ram_bytes())}?recall=0.95"
     shutil.rmtree(path, ignore_errors=True)
     measured: dict[str, Any] = {"rows": n, "dim": DIM, "k": K}
-    index = f"faiss:{auto_factory(DIM, n, free_ram_bytes())}?recall=0.95"
     layout: dict[str, Any] = {"residuals": "top-m", "key_dtype": "float16", "prediction_dtype": "log8"}
     with rm.Memory.create(path, dim=DIM, n_outputs=OUTPUTS, **layout) as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore", LowRecall)
@@ -85,6 +91,16 @@ def main() -> None:
         saved = sum(file.stat().st_size for file in path.glob("index-*"))
         measured |= {"index": knn.description, "value_bytes": values, "index_bytes": saved / n}
         measured["bytes_per_row"] = values + saved / n
+    del knn, memory
+    command = [sys.executable, "-m", "benchmarks.growth", str(n), str(path.parent), "ask", index]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    shutil.rmtree(path)
+    return {**measured, **json.loads(told.splitlines()[-1])}
+
+
+def asked(path: Path, index: str) -> Mapping[str, Any]:
+    """How fast it answers, in how much RAM, and how well; the true neighbours are looked up when that is known."""
+    measured: dict[str, Any] = {}
     with rm.Memory.open(path) as memory:
         started = time.perf_counter()
         knn = rm.ResidualKNN(memory, n_neighbors=K, bandwidth=1.0, index=index)
@@ -96,12 +112,11 @@ def main() -> None:
             np.median([seconds(lambda q=q: knn.search(q[None], K)) for q in queries[:200]])
         )
         _, found = knn.search(queries[:JUDGED], K)
-        true, _ = true_distances(memory.snapshot.keys, 0, n, queries[:JUDGED], K)
+        measured |= {"resident_bytes": process_bytes("VmRSS:"), "anonymous_bytes": process_bytes("RssAnon:")}
+        measured["peak_bytes"] = process_bytes("VmHWM:")
+        true, _ = true_distances(memory.snapshot.keys, 0, len(memory), queries[:JUDGED], K)
         measured["recall"] = recall(found.distances, true, tolerance=1e-4)
-        measured["resident_bytes"] = process_bytes("VmRSS:")
-        measured["anonymous_bytes"] = process_bytes("RssAnon:")
-    shutil.rmtree(path)
-    print(json.dumps(measured))
+    return measured
 
 
 def seconds(work: Any) -> float:
