@@ -13,6 +13,7 @@ from residual_memory import errors
 from residual_memory._version import __version__
 
 if TYPE_CHECKING:
+    from residual_memory.client import Client, Served
     from residual_memory.correction import ResidualKNN, correct, to_probabilities
     from residual_memory.evaluation import Evaluation, Setting, evaluate
     from residual_memory.exchange.merging import merge_memories
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from residual_memory.models.base import KeyChoice
     from residual_memory.models.building import build_memory
     from residual_memory.models.parts import join_parts
+    from residual_memory.models.pretrained import Card
     from residual_memory.models.ray import build_memory_on_ray
     from residual_memory.models.sklearn import ResMemClassifier, ResMemRegressor
     from residual_memory.models.torch import (
@@ -41,11 +43,14 @@ if TYPE_CHECKING:
     from residual_memory.privacy import PrivacyReport, audit_privacy
     from residual_memory.residuals import temper, top_m
     from residual_memory.shrinking import Shrunk, shrink
+    from residual_memory.survey import Survey, survey
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
     from residual_memory.windows import Encoded, TextFile, Windows
 
 _ROOMS = {
+    "Client": "client",
+    "Served": "client",
     "ResidualKNN": "correction",
     "correct": "correction",
     "to_probabilities": "correction",
@@ -65,6 +70,7 @@ _ROOMS = {
     "ResMemModule": "models.torch",
     "ResMemRegressor": "models.sklearn",
     "ResMemForCausalLM": "models.transformers",
+    "Card": "models.pretrained",
     "build_memory": "models.building",
     "build_memory_on_ray": "models.ray",
     "join_parts": "models.parts",
@@ -89,6 +95,8 @@ _ROOMS = {
     "top_m": "residuals",
     "Shrunk": "shrinking",
     "shrink": "shrinking",
+    "Survey": "survey",
+    "survey": "survey",
     "Evaluation": "evaluation",
     "Setting": "evaluation",
     "evaluate": "evaluation",
@@ -101,8 +109,10 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Card",
     "Certificate",
     "ChosenKeys",
+    "Client",
     "Encoded",
     "Evaluation",
     "Explanation",
@@ -121,8 +131,10 @@ __all__ = [
     "ResMemModule",
     "ResMemRegressor",
     "ResidualKNN",
+    "Served",
     "Setting",
     "Shrunk",
+    "Survey",
     "TextFile",
     "TokenScores",
     "TopM",
@@ -149,6 +161,7 @@ __all__ = [
     "register_index",
     "salvage",
     "shrink",
+    "survey",
     "temper",
     "to_probabilities",
     "top_m",

@@ -54,6 +54,21 @@ class Found:
 
 
 @dataclass(frozen=True)
+class ById:
+    """For `exclude`: ids, and not groups, also in a memory whose groups are of the same type.
+
+    Attributes
+    ----------
+    ids : [q], or several for each query [q e].
+    """
+
+    ids: ArrayLike
+
+
+Exclude = ArrayLike | ById | None
+
+
+@dataclass(frozen=True)
 class Weighting:
     """How neighbours are weighted; the attributes are options of `ResidualKNN`."""
 
@@ -200,14 +215,14 @@ class ResidualKNN:
         """The engines that search, for people."""
         return ", ".join(dict.fromkeys(part.description for part in self._current().parts)) or "nothing to search"
 
-    def __call__(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
+    def __call__(self, keys: ArrayLike, exclude: Exclude = None) -> Float[ndarray, "q c"]:
         """The expected residual at each key; 0 where no memory contributes.
 
         Parameters
         ----------
         keys : queries [q d], from the layer that the memory was built from.
         exclude : for each query an id, or (in a memory with groups) a group, whose rows may not be used; it is read as
-            a group where groups are of its type, else as an id.
+            a group where groups are of its type, else as an id (`ById` is an id always). Several of them are [q e].
 
         Raises
         ------
@@ -215,7 +230,7 @@ class ResidualKNN:
         """
         return self.look_up(keys, exclude).residual
 
-    def look_up(self, keys: ArrayLike, exclude: ArrayLike | None = None, *, labels: bool = False) -> Averages:
+    def look_up(self, keys: ArrayLike, exclude: Exclude = None, *, labels: bool = False) -> Averages:
         """What `__call__` gives, with the distance to the k-th neighbour and, on demand, what the labels say."""
         state, found = self._search(keys, self.n_neighbors, exclude)
         weights = self._weights(state.snapshot, found)
@@ -226,7 +241,7 @@ class ResidualKNN:
         return Averages(residual, found.farthest, alone, weights.sum(axis=1))
 
     def spread(
-        self, keys: ArrayLike, exclude: ArrayLike | None = None, *, around: Float[ndarray, "q c"] | None = None
+        self, keys: ArrayLike, exclude: Exclude = None, *, around: Float[ndarray, "q c"] | None = None
     ) -> Float[ndarray, "q c"]:
         """Mean absolute residual of the k nearest memories: how far off the base was near each key.
 
@@ -254,21 +269,30 @@ class ResidualKNN:
             np.matmul(weights[piece, None, :], left, out=total[piece, None, :])
         return total
 
-    def memory_only(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Float[ndarray, "q c"]:
+    def memory_only(self, keys: ArrayLike, exclude: Exclude = None) -> Float[ndarray, "q c"]:
         """What the neighbours' labels say without the base: Σ w onehot(y), or Σ w y. The baseline of every table."""
         state, found = self._search(keys, self.n_neighbors, exclude)
         return label_average(state.snapshot, found.rows, self._weights(state.snapshot, found)[:, None, :])[:, 0]
 
-    def neighbors(self, keys: ArrayLike, exclude: ArrayLike | None = None) -> Found:
-        """The memories that `__call__` would use, nearest first."""
-        state, found = self._search(keys, self.n_neighbors, exclude)
-        ids, weights = _ids_of(state.snapshot, found.rows), self._weights(state.snapshot, found)
-        return Found(ids, found.distances, weights, found.complete)
+    def neighbors(self, keys: ArrayLike, exclude: Exclude = None, *, n_neighbors: int | None = None) -> Found:
+        """The memories that `__call__` would use, nearest first.
+
+        Parameters
+        ----------
+        keys, exclude : as in `__call__`.
+        n_neighbors : to see more or fewer; those that `__call__` would not use weigh 0.
+        """
+        k = self.n_neighbors if n_neighbors is None else as_count("n_neighbors", n_neighbors)
+        state, found = self._search(keys, max(k, self.n_neighbors), exclude)
+        weights = np.zeros(found.rows.shape)
+        weights[:, : self.n_neighbors] = self._weights(state.snapshot, found.first(self.n_neighbors))
+        shown = found.first(k)
+        return Found(_ids_of(state.snapshot, shown.rows), shown.distances, weights[:, :k], shown.complete)
 
     def contributions(
         self,
         keys: ArrayLike,
-        exclude: ArrayLike | None = None,
+        exclude: Exclude = None,
         *,
         predictions: Float[ndarray, "r p"] | None = None,
         residual_share: float = 1.0,
@@ -289,7 +313,7 @@ class ResidualKNN:
         parts = weights[..., None] * added
         return Found(_ids_of(state.snapshot, found.rows), found.distances, weights, found.complete), parts
 
-    def recall(self, keys: ArrayLike, n_neighbors: int | None = None, exclude: ArrayLike | None = None) -> Recalled:
+    def recall(self, keys: ArrayLike, n_neighbors: int | None = None, exclude: Exclude = None) -> Recalled:
         """What the nearest memories hold, for `sparse_residual`: nothing as wide as a large vocabulary is made.
 
         Parameters
@@ -332,10 +356,14 @@ class ResidualKNN:
         """What is said of weights in the options; a bandwidth of "auto" is measured."""
         return Weighting(self.kernel, self.bandwidth, self.nugget, self.local, self.max_distance)
 
-    def search(self, keys: ArrayLike, n_neighbors: int, exclude: ArrayLike | None = None) -> tuple[Snapshot, Neighbors]:
+    def search(self, keys: ArrayLike, n_neighbors: int, exclude: Exclude = None) -> tuple[Snapshot, Neighbors]:
         """Rows and distances of any number of neighbours, and the snapshot that the rows belong to."""
         state, found = self._search(keys, as_count("n_neighbors", n_neighbors), exclude)
         return state.snapshot, found
+
+    def prepare(self) -> None:
+        """Make the index fit the memory as it is now, so that the next query need not."""
+        self._current()
 
     def save_index(self) -> None:
         """Keep the index with its memory, so that opening it again loads what would take long to build.
@@ -363,7 +391,7 @@ class ResidualKNN:
             )
         self.memory.save_parts(state.snapshot, built)
 
-    def _search(self, keys: ArrayLike, k: int, exclude: ArrayLike | None) -> tuple[_State, Neighbors]:
+    def _search(self, keys: ArrayLike, k: int, exclude: Exclude) -> tuple[_State, Neighbors]:
         state = self._current()
         layout = state.snapshot.layout
         queries = as_keys(keys, layout.dim, metric=layout.metric)
@@ -640,22 +668,28 @@ def _residual_table(
     return fresh if before is None else np.concatenate([before, fresh])
 
 
-def _reject(snapshot: Snapshot, exclude: ArrayLike | None, n_queries: int) -> Reject | None:
+def _reject(snapshot: Snapshot, exclude: Exclude, n_queries: int) -> Reject | None:
     """Which rows a query excludes."""
     if exclude is None:
         return None
-    excluded = as_ids(np.atleast_1d(np.asarray(exclude)), n_queries, name="exclude")
-    names = _names_for(snapshot, excluded)
+    by_id = isinstance(exclude, ById)
+    given = np.atleast_1d(np.asarray(exclude.ids if isinstance(exclude, ById) else exclude))
+    if given.ndim == 2 and len(given) != n_queries:
+        raise DimensionMismatch(f"exclude has {len(given):,} rows for {n_queries:,} queries, expected one a query")
+    several = given.shape[1] if given.ndim == 2 else 1
+    excluded = as_ids(given.ravel(), n_queries * several, name="exclude").reshape(n_queries, several)
+    names = _names_for(snapshot, excluded, ids_alone=by_id)
 
     def reject(positions: Int64[ndarray, " m"], rows: Int64[ndarray, "m s"]) -> Bool[ndarray, "m s"]:
-        return names.take(np.maximum(rows, 0)) == excluded[positions, None]
+        listed, unwanted = names.take(np.maximum(rows, 0)), excluded[positions]
+        return np.logical_or.reduce([listed == unwanted[:, place, None] for place in range(several)])
 
     return reject
 
 
-def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, " q"]) -> Column:
+def _names_for(snapshot: Snapshot, excluded: Shaped[ndarray, "q e"], *, ids_alone: bool) -> Column:
     """The groups or the ids of all rows, whichever the excluded names can be."""
-    for names in (snapshot.group_column, snapshot.id_column):
+    for names in (None if ids_alone else snapshot.group_column, snapshot.id_column):
         if names is not None and (names.dtype.kind == excluded.dtype.kind or not len(names)):
             return names
     kinds = {"U": "strings", "i": "integers"}

@@ -17,6 +17,7 @@ ResidualMemoryError
 ├── ReadOnlyMemory                   a change was asked of a read-only handle
 ├── WorkerLost                       processes of a cluster died over the same work again and again
 ├── ShardDown                        a part of a distributed index does not answer now
+├── ServerFailure                    a server does not answer, refuses, or fails
 └── StorageFailure (OSError)         the disk refused: full, read-only, broken; the memory is as it was
 
 ResidualMemoryWarning (UserWarning)
@@ -31,6 +32,13 @@ ResidualMemoryWarning (UserWarning)
 
 class ResidualMemoryError(Exception):
     """Root of all errors that the library raises on purpose."""
+
+
+def cause_and_remedy(error: Exception) -> tuple[str, str]:
+    """The two parts of a message: what was found and expected, and what to do; empty where it does not say."""
+    separator = ": pip install " if isinstance(error, MissingExtra) else "; "
+    cause, found, remedy = str(error).partition(separator)
+    return cause, f"pip install {remedy}" if found and isinstance(error, MissingExtra) else remedy
 
 
 class InvalidInput(ResidualMemoryError, ValueError):
@@ -104,6 +112,10 @@ class WorkerLost(ResidualMemoryError):
 
 class ShardDown(ResidualMemoryError):
     """A part of a distributed index does not answer now; the message says which, why, and what to do."""
+
+
+class ServerFailure(ResidualMemoryError):
+    """A server does not answer, refuses, or fails."""
 
 
 class StorageFailure(ResidualMemoryError, OSError):

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from residual_memory.correction import (
     Averages,
+    Exclude,
     ResidualKNN,
     Weighting,
     correct,
@@ -77,7 +78,13 @@ class Setting:
         sigma = float(self.bandwidth if bandwidth is None else bandwidth)
         return Weighting(self.kernel, sigma, self.nugget, self.local, self.max_distance)
 
-    def predict(self, knn: ResidualKNN, keys: ArrayLike, predictions: Float[ndarray, "q c"]) -> Float[ndarray, "q c"]:
+    def predict(
+        self,
+        knn: ResidualKNN,
+        keys: ArrayLike,
+        predictions: Float[ndarray, "q c"],
+        exclude: Exclude = None,
+    ) -> Float[ndarray, "q c"]:
         """Corrected probabilities, valid ones, or corrected values.
 
         Parameters
@@ -85,14 +92,19 @@ class Setting:
         knn : from `Setting.knn`.
         keys : queries [q d].
         predictions : base probabilities at temperature 1, or values; given back bit for bit where shrinkage is 0.
+        exclude : as in `ResidualKNN.__call__`.
         """
         if not self.shrinkage:
             return predictions
-        found = knn.look_up(keys, labels=self.residual_share != 1)
-        base, scores = self.corrected(predictions, found, knn.memory.layout.task)
-        if self.gate is not None or knn.memory.layout.task == "regression":
-            return scores
-        return to_probabilities(scores, base)
+        found = knn.look_up(keys, exclude, labels=self.residual_share != 1)
+        return self.valid(predictions, found, knn.memory.layout.task)
+
+    def valid(
+        self, predictions: Float[ndarray, "q c"], found: Averages, task: Task = "classification"
+    ) -> Float[ndarray, "q c"]:
+        """Corrected probabilities, valid ones, or corrected values, of what was looked up; parameters as below."""
+        base, scores = self.corrected(predictions, found, task)
+        return scores if self.gate is not None or task == "regression" else to_probabilities(scores, base)
 
     def corrected(
         self, predictions: Float[ndarray, "q c"], found: Averages, task: Task

@@ -1,13 +1,16 @@
 """Which memories moved a prediction, and by how much."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
-from residual_memory.correction import ResidualKNN, correct
+from residual_memory.correction import Exclude, Found, ResidualKNN, correct
+from residual_memory.memory import Memory
 from residual_memory.validation import as_positive, as_values
 
 
@@ -36,7 +39,7 @@ def explain(
     *,
     shrinkage: float = 1.0,
     residual_share: float = 1.0,
-    exclude: ArrayLike | None = None,
+    exclude: Exclude = None,
 ) -> Explanation:
     """Split corrections among the memories that made them.
 
@@ -64,3 +67,68 @@ def explain(
         parts,
         correct(predictions, parts.sum(axis=1)).reshape(parts[:, 0].shape),
     )
+
+
+# ---------------------------------------------------------------------- for people
+
+
+def class_label(memory: Memory, label: int) -> str:
+    """A class's name, or its number."""
+    return memory.class_names[label] if memory.class_names else str(label)
+
+
+def told_outputs(
+    memory: Memory, base: Float[ndarray, " c"], corrected: Float[ndarray, " c"], n_outputs: int
+) -> list[dict[str, Any]]:
+    """The classes that matter before or after a correction, the likeliest first; every target of a regression."""
+    if memory.layout.task == "regression":
+        order = np.arange(len(base))
+    else:
+        order = np.argsort(-np.maximum(base, corrected), kind="stable")[:n_outputs]
+        order = order[np.argsort(-corrected[order], kind="stable")]
+    return [
+        {
+            "output": int(place),
+            "name": class_label(memory, int(place)) if memory.layout.task == "classification" else str(place),
+            "base": float(base[place]),
+            "corrected": float(corrected[place]),
+        }
+        for place in order
+    ]
+
+
+def told_neighbors(
+    memory: Memory, found: "Explanation | Found", query: int = 0, outputs: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """The neighbours of one query that there are, with their labels.
+
+    Parameters
+    ----------
+    found : of some queries; from an `Explanation` each also has its share of all that was moved, and what it `adds` to
+        each of the `outputs`.
+    query : which of them.
+    """
+    snapshot = memory.snapshot
+    present = np.flatnonzero(np.isfinite(found.distances[query]))
+    ids = found.ids[query, present]
+    rows = snapshot.rows_of(ids)
+    present, ids, rows = present[rows >= 0], ids[rows >= 0], rows[rows >= 0]  # others were forgotten meanwhile
+    classes = memory.layout.task == "classification"
+    entries: list[dict[str, Any]] = [
+        {
+            "id": name,
+            "label": label,
+            "name": class_label(memory, label) if classes else None,
+            "distance": float(found.distances[query, place]),
+            "weight": float(found.weights[query, place]),
+        }
+        for place, name, label in zip(present, ids.tolist(), snapshot.targets(rows).tolist(), strict=True)
+    ]
+    if isinstance(found, Explanation):
+        moved = np.abs(found.contributions[query]).sum(axis=1)
+        shares = moved / (moved.sum() or 1.0)
+        for place, entry in zip(present, entries, strict=True):
+            entry["share"] = float(shares[place])
+            if len(outputs):
+                entry["adds"] = found.contributions[query, place, list(outputs)].tolist()
+    return entries

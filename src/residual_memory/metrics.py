@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
@@ -86,8 +86,14 @@ def calibration_bins(probabilities: ArrayLike, labels: ArrayLike, n_bins: int = 
     For each bin that has rows: `low`, `high`, `n`, `confidence` (mean largest probability), `accuracy`.
     """
     values, targets = _scores_and_labels(probabilities, labels)
+    return binned_calibration(values.max(axis=1), values.argmax(axis=1) == targets, n_bins)
+
+
+def binned_calibration(
+    confidence: Float[ndarray, " q"], hit: Bool[ndarray, " q"], n_bins: int = 15
+) -> list[dict[str, float]]:
+    """As `calibration_bins`, where the largest probability and whether it was right are at hand."""
     n_bins = as_count("n_bins", n_bins)
-    confidence, hit = values.max(axis=1), values.argmax(axis=1) == targets
     place = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     bins = []
     for number in np.unique(place):

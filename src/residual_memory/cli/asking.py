@@ -23,7 +23,7 @@ from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.exchange import Block, Rows
-from residual_memory.explanation import Explanation
+from residual_memory.explanation import class_label, told_neighbors, told_outputs
 from residual_memory.explanation import explain as explanation_of
 from residual_memory.indexes.registry import check_index
 from residual_memory.memory import Memory
@@ -102,11 +102,6 @@ class _Answer:
 def _answered(block: Block, knn: ResidualKNN, setting: Setting) -> _Answer:
     said = block.whole.astype(np.float32) if block.whole.dtype == np.float16 else block.whole
     return _Answer(block.row_ids, said, setting.predict(knn, block.keys, said))
-
-
-def class_label(memory: Memory, label: int) -> str:
-    """A class's name, or its number."""
-    return memory.class_names[label] if memory.class_names else str(label)
 
 
 # ---------------------------------------------------------------------- where predictions go
@@ -301,13 +296,13 @@ def explain(
     shares = {"shrinkage": setting.shrinkage, "residual_share": setting.residual_share}
     found = explanation_of(knn, block.keys, base, **shares)
     answer = _answered(block, knn, setting)
-    listed = _neighbors(found, knn)
+    listed = told_neighbors(memory, found)
     result = {
         "memory": path,
         "data": data,
         "row": row,
         "id": block.row_ids[0],
-        "outputs": _outputs(answer, memory, n_top),
+        "outputs": told_outputs(memory, answer.base[0], answer.corrected[0], n_top),
         "neighbors": listed[:n_neighbors],
         "setting": setting.to_dict(),
     }
@@ -328,49 +323,6 @@ def _row(rows: Rows, row: int) -> Block:
     if not 0 <= row < rows.n_rows:
         raise InvalidInput(f"--row is {row}, but {rows.name} has {rows.n_rows:,} rows, from 0 to {rows.n_rows - 1:,}")
     return next(rows.blocks(first=row, size=1))
-
-
-def _neighbors(found: Explanation, knn: ResidualKNN) -> list[dict[str, Any]]:
-    """The neighbours that there are, with their labels and shares of all that was moved."""
-    memory, snapshot = knn.memory, knn.memory.snapshot
-    moved = np.abs(found.contributions[0]).sum(axis=1)
-    shares = moved / (moved.sum() or 1.0)
-    present = np.flatnonzero(np.isfinite(found.distances[0]))
-    labels = snapshot.targets(snapshot.rows_of(found.ids[0, present]))
-    entries = []
-    for place, label in zip(present, labels.tolist(), strict=True):
-        entries.append(
-            {
-                "id": found.ids[0, place].item(),
-                "label": label,
-                "name": class_label(memory, label) if memory.layout.task == "classification" else None,
-                "distance": float(found.distances[0, place]),
-                "weight": float(found.weights[0, place]),
-                "share": float(shares[place]),
-            }
-        )
-    return entries
-
-
-def _outputs(answer: _Answer, memory: Memory, n_top: int) -> list[dict[str, Any]]:
-    """The classes that matter before or after the correction; every target of a regression."""
-    base, corrected = answer.base[0], answer.corrected[0]
-    if memory.layout.task == "regression":
-        return [
-            {"output": place, "name": str(place), "base": float(base[place]), "corrected": float(corrected[place])}
-            for place in range(len(base))
-        ]
-    order = np.argsort(-np.maximum(base, corrected), kind="stable")[:n_top]
-    order = order[np.argsort(-corrected[order], kind="stable")]
-    return [
-        {
-            "output": int(label),
-            "name": class_label(memory, int(label)),
-            "base": float(base[label]),
-            "corrected": float(corrected[label]),
-        }
-        for label in order
-    ]
 
 
 def _outputs_table(entries: Sequence[dict[str, Any]], task: str) -> Any:

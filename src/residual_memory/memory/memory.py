@@ -236,6 +236,11 @@ class Memory:
         return self._snapshot.manifest.next_id
 
     @property
+    def writable(self) -> bool:
+        """Whether rows can be added and forgotten through this handle."""
+        return self._writable
+
+    @property
     def version(self) -> int:
         """Counts the changes that were committed."""
         return self._snapshot.version
@@ -485,6 +490,25 @@ class Memory:
             changed = snapshot.version != self._snapshot.version
             self._snapshot = snapshot
             return changed
+
+    def copy(self, path: "str | os.PathLike[str]") -> "Memory":
+        """A memory on disk with the rows that are not forgotten, setting and source; of the forgotten it holds nothing.
+
+        Parameters
+        ----------
+        path : a new or empty directory.
+
+        Returns
+        -------
+        The copy, open for writing.
+
+        Raises
+        ------
+        InvalidInput : if the path already holds a memory or other files.
+        StorageFailure : if the disk refuses.
+        """
+        snapshot = self._snapshot
+        return filled(path, snapshot.manifest, (table for _, table in compacted(snapshot, plan(snapshot))))
 
     def verify(self, *, fast: bool = False) -> VerifyReport:
         """Compare every byte on disk with what was written; a memory in RAM is always whole.

@@ -275,7 +275,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         own = self.memory_.snapshot
         k = self.setting_.n_neighbors if n_neighbors is None else as_count("n_neighbors", n_neighbors)
         alive = np.flatnonzero(own.alive)
-        keys = own.keys.take(alive) if X is None else self._queries(X)[1]
+        keys = own.keys.take(alive) if X is None else self.observe(X)[0]
         snapshot, found = self._knn.search(keys, k, own.ids if X is None else None)
         missing: Any = "" if own.all_ids.dtype.kind == "U" else -1
         ids = np.where(found.rows >= 0, snapshot.all_ids[np.maximum(found.rows, 0)], missing)
@@ -283,7 +283,7 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
 
     def explain(self, X: Any) -> Explanation:
         """Which memories corrected each prediction, and by how much; of classes in the order of `classes_`."""
-        said, keys = self._queries(X)
+        keys, said = self.observe(X)
         base = self.setting_.tempered(said, self._task)
         shares = {"shrinkage": self.setting_.shrinkage, "residual_share": self.setting_.residual_share}
         found = explain(self._knn, keys, base, **shares)
@@ -316,13 +316,13 @@ class _ResMem(MetaEstimatorMixin, BaseEstimator):
         issues = self._issues(keys, said, targets, snapshot.ids)
         return pd.DataFrame({"id": snapshot.ids, **issues}).sort_values("score", ascending=False, ignore_index=True)
 
-    def _queries(self, X: Any) -> tuple[Float[ndarray, "q c"], Keys]:
-        """What the base says of rows, and their keys."""
+    def observe(self, X: Any) -> tuple[Keys, Float[ndarray, "q c"]]:
+        """Keys of rows, and what the base says of them, in the order of the memory's classes."""
         check_is_fitted(self)
         X = self._as_rows(X)
         validate_data(self, X, reset=False, skip_check_array=True)
         said = self._said(self.estimator_, X)
-        return said, self._keys(X, said)
+        return self._keys(X, said), said
 
     def _keys(self, X: Any, said: Float[ndarray, "q c"]) -> Keys:
         keys = self._embedding.keys(X, self.estimator_, said)
@@ -515,7 +515,7 @@ class ResMemRegressor(RegressorMixin, _ResMem):
         ------
         InvalidInput : if an error estimate is asked for that was fitted on too few rows.
         """
-        said, keys = self._queries(X)
+        keys, said = self.observe(X)
         found = self._knn.look_up(keys, labels=self.setting_.residual_share != 1)
         corrected = self.setting_.corrected(said, found, "regression")[1]
         values = self._shaped(corrected)
@@ -665,7 +665,7 @@ class ResMemClassifier(ClassifierMixin, _ResMem):
 
     def _scores(self, X: Any) -> tuple[Float[ndarray, "q c"], Float[ndarray, "q c"]]:
         """The base's probabilities and the corrected scores, in the memory's order of classes."""
-        said, keys = self._queries(X)
+        keys, said = self.observe(X)
         if not self.setting_.shrinkage:
             return said, said
         found = self._knn.look_up(keys, labels=self.setting_.residual_share != 1)

@@ -188,6 +188,16 @@ class TokenWatch:
         item = {"input_ids": tokens, "labels": tokens} if self.decodes else {"input_ids": tokens}
         return self._observe([self._sequence(item, 0)])
 
+    def at_end(self, tokens: Int64[ndarray, " t"]) -> tuple[Float[Tensor, "1 d"], Float[Tensor, "1 v"]]:
+        """Key and logits of the prediction of the token that comes after these."""
+        device = device_of(self.model)
+        read = torch.from_numpy(self.checked(tokens, "the text"))[None].to(device)
+        self.check_length(len(tokens))
+        with evaluating(self.model), torch.inference_mode(), watching(self.model, self.layer, self.side) as parts:
+            with self.precision():
+                logits = self.model(input_ids=read, use_cache=False).logits
+            return self.keys(parts, lambda passed: passed[:, -1]), logits[:, -1]
+
     def keys(self, parts: Callable[[Callable[[Tensor], Tensor]], Tensor], kept: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [b d] from what passed through the layer, at the places that `kept` takes."""
         found = parts(lambda passed: kept(passed).float())
