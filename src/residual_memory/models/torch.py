@@ -28,6 +28,7 @@ from residual_memory.models.base import (
     place_of_memory,
     warn_if_in_sample,
 )
+from residual_memory.models.pretrained import CARD, MEMORY, WEIGHTS, Card, read_options, saving, write_options
 from residual_memory.models.watching import (
     device_of,
     digest_of,
@@ -382,7 +383,7 @@ class Watch:
             if found not in get_args(allowed):
                 raise InvalidInput(f"{name} is {found!r}, expected one of {', '.join(map(repr, get_args(allowed)))}")
         self.model, self.side, self.pool = model, side, as_count("pool", pool)
-        self._layer, self._outputs, self._task, self._autocast = layer, outputs, task, autocast
+        self._layer, self.outputs, self._task, self._autocast = layer, outputs, task, autocast
         if isinstance(layer, str):
             places_of(model, layer, side)
 
@@ -428,9 +429,9 @@ class Watch:
 
     def predictions(self, raw: Tensor) -> Tensor:
         """Probabilities [b c], or values [b c], from the model's outputs."""
-        if self.task == "regression" or self._outputs == "probabilities":
+        if self.task == "regression" or self.outputs == "probabilities":
             return raw
-        return raw.softmax(1) if self._outputs == "logits" else raw.exp()
+        return raw.softmax(1) if self.outputs == "logits" else raw.exp()
 
     def forward(self, inputs: Any) -> Any:
         """The model's raw outputs of a batch, in eval mode and without gradients."""
@@ -481,13 +482,14 @@ class ResMemModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.memory = model, memory
-        self._watch = _watch_of(model, memory, layer, side, pool, outputs=outputs, autocast=autocast)
+        self._layer = layer
+        self.watch = _watch_of(model, memory, layer, side, pool, outputs=outputs, autocast=autocast)
         self.setting = setting or Setting.from_dict(memory.setting or {})
         self.knn = self.setting.knn(memory, index=index, max_weight=max_weight)
 
     def forward(self, inputs: Any) -> Float[Tensor, "b c"]:
         """Log-probabilities [b c] of a classification, values [b c] of a regression, on the model's device."""
-        raw, keys = self._watch.run(inputs)
+        raw, keys = self.watch.run(inputs)
         said = self.setting.predict(self.knn, keys.cpu().numpy(), self._said(raw))
         if self.memory.layout.task == "classification":
             said = np.log(np.maximum(said, np.finfo(said.dtype).tiny))
@@ -495,15 +497,96 @@ class ResMemModule(nn.Module):
 
     def explain(self, inputs: Any) -> Explanation:
         """Which memories correct each prediction, and by how much, before a gate weighs the correction."""
-        raw, keys = self._watch.run(inputs)
+        raw, keys = self.watch.run(inputs)
         said = self._said(raw)
         setting, base = self.setting, self.setting.tempered(said, self.memory.layout.task)
         shares = {"shrinkage": setting.shrinkage, "residual_share": setting.residual_share}
         return explain(self.knn, keys.cpu().numpy(), base, **shares)
 
+    def save_pretrained(self, folder: str | os.PathLike[str], *, card: Card | None = None) -> None:
+        """Keep weights, memory, setting and a model card in a folder, for `from_pretrained`.
+
+        Parameters
+        ----------
+        folder : new, or empty.
+        card : what the model card should say beside what the memory says itself.
+
+        Raises
+        ------
+        InvalidInput : if the folder holds something, or keys or weights cannot be kept in files.
+        """
+        from safetensors.torch import save_model
+
+        if callable(self._layer):
+            raise InvalidInput(f"the keys come from the function {self.watch.layer_name!r}, which no file can hold")
+        with saving(folder) as part:
+            self.memory.copy(part / MEMORY).close()
+            try:
+                save_model(self.model, str(part / WEIGHTS))
+            except RuntimeError as error:
+                raise InvalidInput(f"the model's weights cannot be kept as safetensors: {error}") from error
+            write_options(
+                part,
+                "ResMemModule",
+                {
+                    "setting": self.setting.to_dict(),
+                    "outputs": self.watch.outputs,
+                    "layer": self.watch.layer_name,
+                    "side": self.watch.side,
+                    "pool": self.watch.pool,
+                    "max_weight": self.knn.max_weight,
+                },
+            )
+            example = (
+                "module = residual_memory.ResMemModule.from_pretrained(folder, model)  # the architecture is yours"
+            )
+            text = (card or Card()).text(self.memory, self.setting.to_dict(), kind="ResMemModule", example=example)
+            (part / CARD).write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        index: str = "auto",
+        autocast: "torch.dtype | None" = None,
+    ) -> "ResMemModule":
+        """What `save_pretrained` kept.
+
+        Parameters
+        ----------
+        folder : or the name of a repository of the Hugging Face hub.
+        model : of the same architecture; it gets the kept weights.
+        index, autocast : as in the class.
+
+        Raises
+        ------
+        DataNotFound : if there is no such folder.
+        InvalidInput : if the weights do not fit the model.
+        """
+        from safetensors.torch import load_model
+
+        path, options = read_options(folder, "ResMemModule")
+        try:
+            load_model(model, str(path / WEIGHTS))
+        except (RuntimeError, OSError) as error:
+            raise InvalidInput(f"the weights in {folder} do not fit the model: {error}") from error
+        memory = Memory.open(path / MEMORY)
+        place = {name: options[name] for name in ("layer", "side", "pool")} if memory.source is None else {}
+        return ResMemModule(
+            model,
+            memory,
+            setting=Setting.from_dict(options["setting"]),
+            outputs=options["outputs"],
+            max_weight=options["max_weight"],
+            index=index,
+            autocast=autocast,
+            **place,
+        )
+
     def _said(self, raw: Tensor) -> Float[ndarray, "b c"]:
         layout = self.memory.layout
-        return np.asarray(as_predictions(self._watch.predictions(raw).cpu().numpy(), layout.task, layout.n_outputs))
+        return np.asarray(as_predictions(self.watch.predictions(raw).cpu().numpy(), layout.task, layout.n_outputs))
 
 
 class Exportable(nn.Module):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 from numpy import ndarray
 
-from residual_memory.correction import ResidualKNN
+from residual_memory.correction import Exclude, ResidualKNN
 from residual_memory.errors import FewerNeighbors, FingerprintMismatch, InvalidInput, MissingExtra
 from residual_memory.language import (
     HeldOutTokens,
@@ -29,6 +29,7 @@ from residual_memory.language import (
 from residual_memory.memory import Memory
 from residual_memory.memory.format import MANIFEST
 from residual_memory.models.base import Builder, Side, Source, opened, place_of_memory
+from residual_memory.models.pretrained import BASE, CARD, MEMORY, Card, read_options, saving, write_options
 from residual_memory.models.tokens import (
     AFTER_NORM,
     IGNORED,
@@ -251,7 +252,7 @@ def _fill(
                 builder.add(
                     Observations(
                         some.offsets,
-                        _stored_keys(some.keys, memory),
+                        stored_keys(some.keys, memory),
                         some.labels.cpu().numpy(),
                         said.exp().cpu().numpy() if m is None else top_m_of(said, m),
                         groups=some.documents,
@@ -306,12 +307,18 @@ class ResMemForCausalLM(nn.Module):
             raise InvalidInput("there is no memory, expected one or several")
         self.watch = _watch_of(model, self.memories, layer, side, tokenizer, autocast)
         self.setting = setting or LanguageSetting.from_dict(self.memories[0].setting or {})
+        self.max_weight = max_weight
         self._knns = _regressors(self.memories, self.setting, index, max_weight)
 
     @property
     def description(self) -> str:
         """The engines that search, for people."""
         return ", ".join(dict.fromkeys(knn.description for knn in self._knns))
+
+    def prepare(self) -> None:
+        """Make the indexes fit the memories as they are now, so that the next query need not."""
+        for knn in self._knns:
+            knn.prepare()
 
     def save_indexes(self) -> None:
         """Keep the indexes with their memories on disk, so that they need not be built again."""
@@ -333,6 +340,89 @@ class ResMemForCausalLM(nn.Module):
             for knn in self._knns
         )
         return other
+
+    # ------------------------------------------------------------------ on disk
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, tokenizer: Any = None, card: Card | None = None
+    ) -> None:
+        """Keep the base, the memory, the setting and a model card in a folder, for `from_pretrained`.
+
+        Parameters
+        ----------
+        folder : new, or empty.
+        tokenizer : kept with the base, where one is given.
+        card : what the model card should say beside what the memory says itself.
+
+        Raises
+        ------
+        InvalidInput : if the folder holds something, or there are several memories.
+        """
+        if len(self.memories) > 1:
+            raise InvalidInput(
+                f"there are {len(self.memories)} memories, expected one to save; merge_memories makes one"
+            )
+        (memory,) = self.memories
+        with saving(folder) as part:
+            memory.copy(part / MEMORY).close()
+            self.model.save_pretrained(part / BASE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part / BASE)
+            write_options(
+                part,
+                "ResMemForCausalLM",
+                {
+                    "setting": self.setting.to_dict(),
+                    "layer": self.watch.layer,
+                    "side": self.watch.side,
+                    "decodes": self.watch.decodes,
+                    "max_weight": self.max_weight,
+                },
+            )
+            example = "lm = residual_memory.ResMemForCausalLM.from_pretrained(folder)"
+            text = (card or Card()).text(memory, self.setting.to_dict(), kind="ResMemForCausalLM", example=example)
+            (part / CARD).write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | os.PathLike[str],
+        model: PreTrainedModel | None = None,
+        *,
+        index: str = "auto",
+        autocast: "torch.dtype | None" = None,
+        **options: Any,
+    ) -> "ResMemForCausalLM":
+        """What `save_pretrained` kept.
+
+        Parameters
+        ----------
+        folder : or the name of a repository of the Hugging Face hub.
+        model : the base, where it is at hand, or of a class that transformers' Auto classes do not know.
+        index, autocast : as in the class.
+        options : of the base's own `from_pretrained`.
+
+        Raises
+        ------
+        DataNotFound : if there is no such folder.
+        FingerprintMismatch : if the given model is another one.
+        """
+        path, kept = read_options(folder, "ResMemForCausalLM")
+        if model is None:
+            import transformers
+
+            auto = transformers.AutoModelForSeq2SeqLM if kept["decodes"] else transformers.AutoModelForCausalLM
+            model = auto.from_pretrained(path / BASE, local_files_only=True, **options)
+        memory = Memory.open(path / MEMORY)
+        place = {name: kept[name] for name in ("layer", "side")} if memory.source is None else {}
+        return ResMemForCausalLM(
+            model,
+            memory,
+            setting=LanguageSetting.from_dict(kept["setting"]),
+            max_weight=kept["max_weight"],
+            index=index,
+            autocast=autocast,
+            **place,
+        )
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
@@ -487,10 +577,10 @@ class ResMemForCausalLM(nn.Module):
                 changed[places, : scores.shape[1]] = (scores.log() + seen.log_normaliser[rows]).to(logits.dtype)
         return changed
 
-    def recall(self, keys: Float[Tensor, "n d"], n_neighbors: int | None = None) -> Recalled:
-        """What the nearest rows of all memories hold."""
+    def recall(self, keys: Float[Tensor, "n d"], n_neighbors: int | None = None, exclude: Exclude = None) -> Recalled:
+        """What the nearest rows of all memories hold; `exclude` is as in `ResidualKNN.__call__`."""
         queries = keys.detach().cpu().numpy()
-        found = [knn.recall(queries, n_neighbors) for knn in self._knns]
+        found = [knn.recall(queries, n_neighbors, exclude) for knn in self._knns]
         return found[0] if len(found) == 1 else merged(found, n_neighbors or self.setting.n_neighbors)
 
     def explain(
@@ -540,8 +630,21 @@ class ResMemForCausalLM(nn.Module):
             said = Said.of(batch.logits)
             return token_scores(batch, said, self.seen(batch.logits, batch.keys, said))
 
-    def seen(self, logits: Tensor, keys: Tensor, said: Said | None = None, *, always: bool = False) -> "Seen | None":
-        """What the memory says of some predictions: of those that the base is not sure of, unless `always`."""
+    def seen(
+        self,
+        logits: Tensor,
+        keys: Tensor,
+        said: Said | None = None,
+        *,
+        always: bool = False,
+        exclude: Exclude = None,
+    ) -> "Seen | None":
+        """What the memory says of some predictions: of those that the base is not sure of, unless `always`.
+
+        Parameters
+        ----------
+        exclude : as in `ResidualKNN.__call__`, with `always` alone.
+        """
         off = self.setting.gate is None and self.setting.shrinkage == 0
         rows = torch.arange(len(logits), device=logits.device)
         if not always and (off or not any(len(memory) for memory in self.memories)):
@@ -552,7 +655,7 @@ class ResMemForCausalLM(nn.Module):
             if not len(rows):
                 return None
             logits, keys, said = logits[rows], keys[rows], said.rows(rows)
-        recalled = self.recall(keys)
+        recalled = self.recall(keys, exclude=exclude)
         weights = self._measure.weights(recalled.distances)
         cues = {
             "agrees": recalled.labels == recalled.labels[:, :1],
@@ -914,7 +1017,8 @@ def _held_projection(path: str | os.PathLike[str] | None, width: int) -> Float32
     return matrix
 
 
-def _stored_keys(keys: Tensor, memory: Memory) -> Float[ndarray, "b d"]:
+def stored_keys(keys: Tensor, memory: Memory) -> Float[ndarray, "b d"]:
+    """Keys in the memory's own precision, where they fit into it."""
     half = memory.layout.key_dtype == "float16" and memory.layout.metric == "euclidean"
     return (keys.half() if half and bool(keys.abs().max() < torch.finfo(torch.float16).max) else keys).cpu().numpy()
 
