@@ -27,6 +27,7 @@ from residual_memory.cli import (
     keeping,
     measuring,
     planning,
+    serving,
 )
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
@@ -42,6 +43,7 @@ from residual_memory.errors import (
     ResidualMemoryWarning,
     UnknownId,
     UnsupportedFormat,
+    cause_and_remedy,
 )
 
 FINDING, USAGE, CORRUPT, LOCKED, INTERRUPTED = 1, 2, 3, 4, 130
@@ -95,7 +97,7 @@ app = typer.Typer(
 _PANELS = {
     "Start": (demo.demo,),
     "Make and measure": (building.build, measuring.tune, measuring.evaluate),
-    "Use": (asking.predict, asking.explain),
+    "Use": (asking.predict, asking.explain, serving.serve),
     "Keep": (
         building.add,
         forgetting.forget,
@@ -184,13 +186,10 @@ def _named(arguments: Sequence[str]) -> str:
 
 
 def _parts(error: Exception, message: str) -> tuple[str, str]:
-    """The library's messages say "cause; remedy"."""
-    separator = ": pip install " if isinstance(error, MissingExtra) else "; "
-    cause, found, remedy = message.partition(separator)
+    """The library's messages say "cause; remedy"; where one does not, its kind does."""
+    cause, remedy = cause_and_remedy(error) if isinstance(error, ResidualMemoryError) else (message, "")
     default = next((text for kind, text in _REMEDIES if isinstance(error, kind)), "")
-    if isinstance(error, MemoryLocked):
-        return cause, default
-    return cause, f"pip install {remedy}" if isinstance(error, MissingExtra) else (remedy if found else default)
+    return cause, default if isinstance(error, MemoryLocked) else remedy or default
 
 
 def _interrupted() -> int:

@@ -1,0 +1,296 @@
+"""The page and what it asks for beside the routes of `answering`: rows, pictures, the map, and what a survey found."""
+
+import math
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request
+from fastapi import Query as Param
+from fastapi.responses import Response
+from jaxtyping import Int64
+from numpy import ndarray
+from starlette.concurrency import run_in_threadpool
+
+from residual_memory.errors import InvalidInput, UnknownId
+from residual_memory.metrics import binned_calibration
+from residual_memory.server import asked
+from residual_memory.server.answering import as_json, body_of, described, needs
+from residual_memory.server.atlas import Atlas, atlas
+from residual_memory.server.background import Background
+from residual_memory.server.examples import Examples
+from residual_memory.server.service import ArrayService, Service
+from residual_memory.survey import Survey
+
+PAGE = files("residual_memory.server") / "page"
+ASSETS = {
+    "explorer.css": "text/css; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+    **{
+        f"{name}.js": "text/javascript; charset=utf-8"
+        for name in ("main", "api", "dom", "explain", "cards", "map", "panels")
+    },
+}
+LOGIN_PAGE = (PAGE / "login.html").read_bytes()
+ROSES, ISSUES = 24, 100
+WORKING = 202  # the result is being worked out: come again
+
+
+def exploring(service: Service, examples: Examples | None) -> APIRouter:
+    """Routes of the page."""
+    router = APIRouter()
+    memory = service.memory
+    laid_out: Background[Atlas] = Background(
+        lambda advance: atlas(memory.snapshot, progress=advance),
+        lambda: (memory.snapshot.generation, math.ceil(math.log(memory.snapshot.n_rows + 1, 1.02))),
+    )
+    surveyed: Background[Survey | None] = Background(service.survey, lambda: memory.version)
+
+    def asset(name: str, media_type: str) -> Callable[[Request], Any]:
+        content = (PAGE / name).read_bytes()
+
+        async def answer(request: Request) -> Response:
+            return Response(content, media_type=media_type)
+
+        return answer
+
+    for path, name, media_type in (
+        ("/", "index.html", "text/html; charset=utf-8"),
+        *((f"/page/{name}", name, kind) for name, kind in ASSETS.items()),
+    ):
+        router.add_api_route(path, asset(name, media_type), methods=["GET"], include_in_schema=False)
+
+    @router.post("/rows", **described("What rows hold, to be shown.", asked.Cards))
+    async def rows(request: Request) -> Response:
+        needs(request, "explain")
+        body = await body_of(request, asked.Cards)
+        return as_json({"rows": await run_in_threadpool(cards, service, examples, body.ids)})
+
+    @router.get("/picture", **described("The image that a row was made of, as PNG."))
+    async def picture(request: Request, id: str) -> Response:  # as clients know it
+        needs(request, "explain")
+        name = named(service, id)
+        content = None if examples is None else await run_in_threadpool(examples.picture, name)
+        if content is None:
+            raise UnknownId(
+                f"there is no picture of row {id[:80]!r}; serve with the examples that the memory was built from"
+            )
+        return Response(content, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
+
+    @router.post("/observe", **described("An image file as keys and predictions, to be asked about or added."))
+    async def observe(request: Request) -> Response:
+        needs(request, "predict")
+        if examples is None or not isinstance(service, ArrayService) or service.model is None:
+            raise InvalidInput("no model and examples are served, so a file cannot be read; send inputs")
+        content = await request.body()
+        keys, said = await run_in_threadpool(
+            lambda: service.observed(service.query(inputs=[examples.uploaded(content)]))
+        )
+        return as_json({"keys": keys, "predictions": said})
+
+    @router.get("/sample", **described("Ids of rows, drawn at random."))
+    async def sample(request: Request, n: Annotated[int, Param(ge=1, le=1000)] = 1) -> Response:
+        needs(request, "explain")
+        return as_json({"ids": await run_in_threadpool(drawn, service, n)})
+
+    @router.get("/log", **described("The last changes of the memory, newest first."))
+    async def log(request: Request) -> Response:
+        needs(request, "explain")
+        changes = [{"version": c.version, "at": c.at, "what": c.what, "rows": c.rows} for c in reversed(memory.history)]
+        return as_json({"changes": changes})
+
+    @router.get("/map", **described("A place in the plane for each row; 202 while they are worked out."))
+    async def map_of_rows(request: Request) -> Response:
+        needs(request, "explain")
+        laid, found = laid_out.get(), surveyed.get()
+        if laid is None:
+            return working(laid_out.progress)
+        return Response(
+            await run_in_threadpool(packed_map, service, laid, found), media_type="application/octet-stream"
+        )
+
+    @router.get("/survey", **described("Reliability, roses and doubtful labels; 202 while they are worked out."))
+    async def survey_of_rows(request: Request) -> Response:
+        needs(request, "explain")
+        found = surveyed.get()
+        if found is None and surveyed.ready:
+            raise InvalidInput("there is no survey of this memory: it is empty, or of values, or of a text")
+        if found is None:
+            return working(surveyed.progress)
+        return as_json(await run_in_threadpool(told_survey, service, found))
+
+    return router
+
+
+def drawn(service: Service, n: int) -> list[Any]:
+    """Ids of some rows; fewer where there are fewer."""
+    snapshot = service.memory.snapshot
+    alive = np.flatnonzero(snapshot.alive)
+    rows = np.random.default_rng().choice(alive, min(n, len(alive)), replace=False)
+    return snapshot.id_column.take(rows).tolist()
+
+
+def working(progress: float) -> Response:
+    """How far the work has come."""
+    return Response(orjson.dumps({"progress": progress}), WORKING, media_type="application/json")
+
+
+def named(service: Service, text: str) -> int | str:
+    """An id from an address: a number where the memory's ids are numbers.
+
+    Raises
+    ------
+    UnknownId : if it is none.
+    """
+    if service.memory.snapshot.manifest.id_kind == "string":
+        return text
+    if not text.isascii() or not text.isdigit() or len(text) > 19:
+        raise UnknownId(f"the memory does not hold id {text[:80]!r}; its ids are numbers")
+    return int(text)
+
+
+def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[dict[str, Any]]:
+    """What is known of rows, in the order of the ids; those that the memory does not hold are left out."""
+    memory, snapshot = service.memory, service.memory.snapshot
+    query = service.query(ids=ids)
+    assert query.own is not None
+    rows = snapshot.rows_of(query.own)
+    labels = snapshot.targets(rows)
+    carried = snapshot.attributes(rows)
+    groups = snapshot.group_column
+    classes = memory.layout.task == "classification"
+    assert query.predictions is not None
+    told = []
+    for place, name in enumerate(query.own.tolist()):
+        label = labels[place].tolist()
+        entry = {
+            "id": name,
+            "label": label,
+            "name": service.name_of(label) if classes else None,
+            "base": float(query.predictions[place, label]) if classes else query.predictions[place].tolist(),
+            "group": None if groups is None else groups.take(rows[place : place + 1])[0].item(),
+            "owner": carried.owners[place] or None,
+            "tags": carried.tags[place],
+            "snippet": carried.snippets[place] or None,
+            "context": service.context(name, label),
+            "cells": None if examples is None else examples.cells(name),
+            "picture": examples is not None and examples.pictures,
+        }
+        told.append(entry)
+    return told
+
+
+def packed_map(service: Service, laid: Atlas, found: Survey | None) -> bytes:
+    """The map in bytes: the length of a header, the header as JSON, then a column after the other, little-endian.
+
+    Columns are places as uint16, labels as int32, residuals and gains as uint8, and ids as int64 where they are
+    numbers; other ids are in the header.
+    """
+    memory, snapshot = service.memory, service.memory.snapshot
+    kept = snapshot.alive[laid.rows]
+    rows, places = laid.rows[kept], laid.places[kept]
+    ids = snapshot.id_column.take(rows)
+    labels = snapshot.targets(rows)
+    columns: list[tuple[str, ndarray]] = [
+        ("x", np.rint(65535 * places[:, 0]).astype("<u2")),
+        ("y", np.rint(65535 * places[:, 1]).astype("<u2")),
+    ]
+    ranges: dict[str, list[float]] = {}
+    if memory.layout.task == "classification":
+        columns.append(("label", labels.astype("<i4")))
+        said = at_labels(service, rows, labels)
+        columns.append(("residual", scaled("residual", 1 - said, ranges, 0.0, 1.0)))
+    else:
+        off = np.linalg.norm(labels - snapshot.predictions(rows), axis=1)
+        columns.append(("residual", scaled("residual", off, ranges, 0.0, float(np.quantile(off, 0.99)) or 1.0)))
+    if found is not None:
+        gain = np.full(len(rows), np.nan)
+        places_of = {name: place for place, name in enumerate(found.ids.tolist())}
+        known = np.array([places_of.get(name, -1) for name in ids.tolist()], np.int64)
+        gain[known >= 0] = found.gain[known[known >= 0]]
+        columns.append(("gain", scaled("gain", gain, ranges, -2.0, 2.0)))
+    header: dict[str, Any] = {"n": len(rows), "rows": len(memory), "method": laid.method, "ranges": ranges}
+    if ids.dtype.kind == "U":
+        header["ids"] = ids.tolist()
+    else:
+        columns.append(("id", ids.astype("<i8")))
+    header["columns"] = [{"name": name, "type": column.dtype.str} for name, column in columns]
+    head = orjson.dumps(header)
+    head += b" " * (-(len(head) + 4) % 8)  # so that the columns are aligned
+    parts = [len(head).to_bytes(4, "little"), head]
+    for _, column in columns:
+        content = column.tobytes()
+        parts.append(content + b"\0" * (-len(content) % 8))
+    return b"".join(parts)
+
+
+def at_labels(service: Service, rows: Int64[ndarray, " p"], labels: ndarray) -> ndarray:
+    """The base's probability of each row's own label, block by block."""
+    snapshot, layout = service.memory.snapshot, service.memory.layout
+    parts = [np.zeros(0)]
+    top_m = layout.residuals == "top-m"
+    step = max(1, (1 << 22) // (1 if top_m else layout.n_outputs))
+    for start in range(0, len(rows), step):
+        here, wanted = rows[start : start + step], labels[start : start + step]
+        if not top_m:
+            parts.append(snapshot.predictions(here)[np.arange(len(here)), wanted])
+            continue
+        said = snapshot.top_m(here)
+        listed = said.indices == wanted[:, None]
+        others = said.rest / max(1, layout.n_outputs - said.indices.shape[1])
+        parts.append(np.where(listed.any(axis=1), (said.probabilities * listed).sum(axis=1), others))
+    return np.concatenate(parts)
+
+
+def scaled(name: str, values: ndarray, ranges: dict[str, list[float]], low: float, high: float) -> ndarray:
+    """From 1 to 255 over a range; 0 where nothing is known."""
+    ranges[name] = [low, high]
+    part = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
+    return np.where(np.isnan(part), 0, 1 + np.rint(254 * np.nan_to_num(part))).astype(np.uint8)
+
+
+def told_survey(service: Service, found: Survey) -> dict[str, Any]:
+    """What a survey found, for the page."""
+    bins = {
+        "base": binned_calibration(found.said_confidence, found.said == found.labels),
+        "corrected": binned_calibration(found.corrected_confidence, found.corrected == found.labels),
+    }
+    right = np.flatnonzero(found.put_right)
+    roses = right[np.argsort(-found.agreement[right], kind="stable")][:ROSES]
+    doubtful = np.flatnonzero(found.suggestion != found.labels)
+    doubtful = doubtful[np.argsort(-found.doubt[doubtful], kind="stable")][:ISSUES]
+
+    def label(place: int) -> str:
+        return service.name_of(int(place))
+
+    return {
+        "rows": len(found),
+        "accuracy": {
+            "base": float((found.said == found.labels).mean()),
+            "corrected": float((found.corrected == found.labels).mean()),
+        },
+        "reliability": bins,
+        "roses": [
+            {
+                "id": found.ids[row].item(),
+                "label": label(found.labels[row]),
+                "said": label(found.said[row]),
+                "base": float(found.said_label[row]),
+                "corrected": float(found.corrected_label[row]),
+                "agreement": float(found.agreement[row]),
+            }
+            for row in roses
+        ],
+        "issues": [
+            {
+                "id": found.ids[row].item(),
+                "label": label(found.labels[row]),
+                "suggestion": label(found.suggestion[row]),
+                "doubt": float(found.doubt[row]),
+                "agreement": float(found.agreement[row]),
+            }
+            for row in doubtful
+        ],
+    }

@@ -1,0 +1,86 @@
+"""From errors to answers: what a client is told, and with which status."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from residual_memory.errors import (
+    CorruptFile,
+    DuplicateId,
+    InvalidInput,
+    MemoryLocked,
+    MissingExtra,
+    ReadOnlyMemory,
+    ResidualMemoryError,
+    ShardDown,
+    StorageFailure,
+    UnknownId,
+    cause_and_remedy,
+)
+
+
+class Overloaded(ResidualMemoryError):
+    """More is asked than can be answered in time."""
+
+
+class Stopping(ResidualMemoryError):
+    """The server stops."""
+
+
+class Unauthorized(ResidualMemoryError):
+    """No token, or a wrong one."""
+
+
+class Forbidden(ResidualMemoryError):
+    """A token without the scope, or a host or origin that is not served."""
+
+
+class BodyTooLarge(ResidualMemoryError):
+    """A request has more bytes than are taken."""
+
+
+class TooSlow(ResidualMemoryError):
+    """An answer took too long."""
+
+
+_STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (Unauthorized, 401),
+    (Forbidden, 403),
+    (ReadOnlyMemory, 403),
+    (UnknownId, 404),
+    (DuplicateId, 409),
+    (MemoryLocked, 409),
+    (BodyTooLarge, 413),
+    (InvalidInput, 422),
+    (Overloaded, 429),
+    (CorruptFile, 500),
+    (MissingExtra, 501),
+    (ShardDown, 503),
+    (Stopping, 503),
+    (TooSlow, 503),
+    (StorageFailure, 507),
+)
+RETRIED = frozenset({429, 503})
+
+
+def status_of(error: ResidualMemoryError) -> int:
+    """The HTTP status that says what went wrong."""
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
+
+
+def told(error: ResidualMemoryError) -> dict[str, Any]:
+    """The body of a refusal: type, cause and remedy, as `resmem --json` says them."""
+    cause, remedy = cause_and_remedy(error)
+    return {"error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy}}
+
+
+def refusal(error: ResidualMemoryError, retry_seconds: int) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body."""
+    status = status_of(error)
+    headers = {"content-type": "application/json"}
+    if status in RETRIED:
+        headers["retry-after"] = str(retry_seconds)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return status, headers, orjson.dumps(told(error))
