@@ -3,14 +3,16 @@
 import argparse
 import importlib
 
-NAMES = ("core", "durability", "language", "planning", "ray", "scale", "tables", "torture")
+NAMES = ("core", "durability", "language", "planning", "ray", "scale", "serve", "tables", "torture")
 
 
 def main() -> None:
     """Read the options and run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--quick", action="store_true", help="of ray and scale: a slice, which is written nowhere")
+    parser.add_argument(
+        "--quick", action="store_true", help="of ray, scale and serve: a slice, which is written nowhere"
+    )
     parser.add_argument("--rows", type=int, help="of scale: this many rows of 64 numbers, and nothing else")
     given = vars(parser.parse_args())
     module = importlib.import_module(f"benchmarks.{given.pop('name')}")

@@ -1,0 +1,240 @@
+"""A served memory under load, beside a plain FastAPI + numpy server in the same run, and clients that do harm."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import residual_memory as rm
+from experiments.results_file import stamped
+from residual_memory.server import Limits
+
+RESULTS = Path(__file__).parent / "results" / "serve.json"
+N, DIM, OUTPUTS, QUERIES = 50_000, 128, 10, 500
+CONNECTIONS, SECONDS, TURNS = 32, 10.0, 3
+TOKEN = "a-token-of-the-benchmark"
+LIMITS = Limits()
+SLOW_HEADERS, SLOW_BODIES = 300, 100
+GOAL_RATE, GOAL_P99, GOAL_RATIO = 600.0, 0.060, 4.0
+
+Row = dict[str, Any]
+
+
+def run(*, quick: bool = False) -> None:
+    """Measure everything, write the result file and print it.
+
+    Parameters
+    ----------
+    quick : a slice, which is printed and written nowhere.
+    """
+    seconds = 2.0 if quick else SECONDS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make(folder)
+        rows = [*measured(folder, seconds, 1 if quick else TURNS), *harmed(folder)]
+    for row in rows:
+        print(json.dumps(row))
+    if not quick:
+        head = stamped("serve", "python -m benchmarks serve", f"made-up keys, {N:,} x {DIM}, {OUTPUTS} classes")
+        RESULTS.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+
+
+def make(folder: Path) -> None:
+    """A memory, the same rows as arrays for the other server, and what clients ask."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, OUTPUTS, N)
+    keys = random.normal(size=(N, DIM)).astype(np.float32)
+    keys[:, :OUTPUTS] += 3 * np.eye(OUTPUTS, dtype=np.float32)[labels]
+    said = random.dirichlet(np.ones(OUTPUTS), N).astype(np.float32)
+    with rm.Memory.create(folder / "memory", dim=DIM, n_outputs=OUTPUTS) as memory:
+        memory.append(keys, labels, said)
+        memory.save_setting({"n_neighbors": 50, "bandwidth": 2.0})
+    np.savez(folder / "arrays.npz", keys=keys, labels=labels, predictions=said, bandwidth=2.0)
+    asked = random.normal(size=(QUERIES, DIM)).round(6)
+    base = random.dirichlet(np.ones(OUTPUTS), QUERIES).round(8)
+    bodies = [json.dumps({"keys": [q.tolist()], "predictions": [p.tolist()]}) for q, p in zip(asked, base, strict=True)]
+    (folder / "bodies.json").write_text(json.dumps(bodies))
+    (folder / "token").write_text(f"{TOKEN}\n")
+
+
+# ---------------------------------------------------------------------- load
+
+
+def measured(folder: Path, seconds: float, turns: int) -> list[Row]:
+    """Ours and theirs in turns at 32 connections; then ours at ten times as many, and how long it is out of breath."""
+    rates: dict[str, list[Row]] = {"ours": [], "theirs": []}
+    with ours(folder) as port, theirs(folder) as plain:
+        for port_of in (port, plain):
+            load(folder, port_of, CONNECTIONS, 1.0)
+        for _ in range(turns):
+            rates["ours"].append(load(folder, port, CONNECTIONS, seconds))
+            rates["theirs"].append(load(folder, plain, CONNECTIONS, seconds))
+        mine, other = (max(rates[name], key=lambda row: row["requests_per_second"]) for name in ("ours", "theirs"))
+        p99 = float(np.median([row["p99"] for row in rates["ours"]]))
+        rate, their_rate = (float(np.median([row["requests_per_second"] for row in rates[n]])) for n in rates)
+        crowd = load(folder, port, 10 * CONNECTIONS, seconds)
+        after = load(folder, port, CONNECTIONS, 5.0)
+    calm = next(
+        (second for second, wait in enumerate(after["timeline"]) if wait is not None and wait <= 1.5 * p99), None
+    )
+    size = f"{N:,} x {DIM}, exact search"
+    return [
+        {
+            "setting": f"predict, {size}, {CONNECTIONS} connections",
+            "ratio": rate / their_rate,
+            "against": "FastAPI, pydantic and numpy, a search a request",
+            "ours": rate,
+            "theirs": their_rate,
+            "unit": "requests a second",
+            "goal": GOAL_RATIO,
+            "goal_requests_per_second": GOAL_RATE,
+            "p50": mine["p50"],
+            "p99": p99,
+            "goal_p99": GOAL_P99,
+            "p99_theirs": other["p99"],
+            "turns": {name: [row["requests_per_second"] for row in rows] for name, rows in rates.items()},
+        },
+        {
+            "setting": f"predict, {size}, {10 * CONNECTIONS} connections that never wait",
+            "ratio": crowd["p99"] / p99,
+            "against": f"the 99th percentile at {CONNECTIONS} connections",
+            "ours": crowd["p99"],
+            "theirs": p99,
+            "unit": "seconds, of accepted requests",
+            "goal": 2.0,
+            "requests_per_second": crowd["requests_per_second"],
+            "statuses": crowd["statuses"],
+            "calm_again_within_seconds": None if calm is None else calm + 1,
+            "goal_seconds": 5,
+        },
+    ]
+
+
+def load(folder: Path, port: int, connections: int, seconds: float) -> Row:
+    """What clients in a process of their own met."""
+    command = [sys.executable, "-m", "benchmarks.load", str(port), str(connections), str(seconds)]
+    ran = subprocess.run(
+        [*command, str(folder / "bodies.json"), TOKEN], capture_output=True, text=True, check=True, timeout=600
+    )
+    found: Row = json.loads(ran.stdout)
+    return found
+
+
+@contextlib.contextmanager
+def ours(folder: Path) -> Iterator[int]:
+    """`resmem serve`, as a user would start it."""
+    port = free_port()
+    command = [sys.executable, "-m", "residual_memory.cli.main", "serve", str(folder / "memory"), "--read-only"]
+    with started([*command, "--port", str(port), "--token-file", str(folder / "token")], port):
+        yield port
+
+
+@contextlib.contextmanager
+def theirs(folder: Path) -> Iterator[int]:
+    """The plain server over the same arrays; gives its port."""
+    port = free_port()
+    with started([sys.executable, "-m", "benchmarks.plain_server", str(folder / "arrays.npz"), str(port)], port):
+        yield port
+
+
+@contextlib.contextmanager
+def started(command: list[str], port: int) -> Iterator[None]:
+    """A server in a process of its own, until it is not needed."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[2]} did not start")
+            time.sleep(0.1)
+        yield
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+# ---------------------------------------------------------------------- clients that do harm
+
+
+def harmed(folder: Path) -> list[Row]:
+    """Slow clients, cut off by the deadline; and honest ones beside them."""
+    with ours(folder) as port:
+        load(folder, port, CONNECTIONS, 1.0)
+        calm = load(folder, port, CONNECTIONS, 5.0)
+        found: dict[str, list[float]] = {}
+        rows: list[Row] = []
+        head = f"POST /predict HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {TOKEN}\r\n".encode()
+        kinds = {
+            "headers": (SLOW_HEADERS, head, b"x-more: 1\r\n", LIMITS.header_seconds),
+            "body": (SLOW_BODIES, head + b"content-length: 100000\r\n\r\n", b" ", LIMITS.body_seconds),
+        }
+        slow = {
+            kind: threading.Thread(target=lambda k=kind: found.update({k: endured(port, *kinds[k][:3])}))
+            for kind in kinds
+        }
+        for thread in slow.values():
+            thread.start()
+        time.sleep(1.0)
+        beside = load(folder, port, CONNECTIONS, 5.0)
+        for thread in slow.values():
+            thread.join()
+    for kind, (n, _, _, seconds) in kinds.items():
+        rows.append(
+            {
+                "setting": f"{n} clients with a slow {kind}, a byte now and then",
+                "ratio": max(found[kind]) / seconds,
+                "against": "the deadline",
+                "ours": max(found[kind]),
+                "theirs": seconds,
+                "unit": "seconds until the last was cut off",
+                "goal_seconds": seconds + 1,
+                "cut_off": len(found[kind]),
+                "p99_of_honest_clients": beside["p99"],
+                "p99_without_slow_ones": calm["p99"],
+                "statuses_of_honest_clients": beside["statuses"],
+            }
+        )
+    return rows
+
+
+def endured(port: int, n: int, first: bytes, more: bytes) -> list[float]:
+    """For how long the server bears with each of n clients that never finish."""
+    began = time.monotonic()
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(n)]
+    for client in clients:
+        client.sendall(first)
+        client.setblocking(False)
+    ends: list[float] = []
+    while clients and time.monotonic() - began < 120:
+        time.sleep(0.25)
+        for client in list(clients):
+            try:
+                if not client.recv(4096):
+                    raise ConnectionResetError
+            except BlockingIOError:
+                with contextlib.suppress(OSError):
+                    client.send(more)
+            except OSError:
+                ends.append(time.monotonic() - began)
+                clients.remove(client)
+                client.close()
+    return ends
