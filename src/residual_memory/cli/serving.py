@@ -1,6 +1,5 @@
 """`resmem serve`: a memory behind HTTP, and the page that explains it."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +59,7 @@ def serve(
     from residual_memory.server import create_app
     from residual_memory.server import serve as run
     from residual_memory.server.access import HOSTS
-    from residual_memory.server.observing import LOG, JsonLines
+    from residual_memory.server.observing import write_log
 
     tokens = None if token_file is None else _tokens(token_file)
     memory = _opened(path, read_only)
@@ -75,10 +74,7 @@ def serve(
             hosts=(*HOSTS, *(allow_host or ()), *([host] if host not in ("0.0.0.0", "::") else ())),
             examples=_examples(data, memory, image_size),
         )
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(JsonLines())
-        LOG.addHandler(handler)
-        LOG.setLevel(logging.INFO)
+        write_log(sys.stderr)
         run(app, host=host, port=port, announce=lambda address: _announce(address, app, tokens))
     finally:
         memory.close()

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.server import asked
-from residual_memory.server.answering import as_json, body_of, described, needs
+from residual_memory.server.answering import as_json, body_of, needs
+from residual_memory.server.openapi import described
 from residual_memory.server.refusals import Overloaded
 from residual_memory.server.text_service import TextService
 

@@ -17,10 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.metrics import binned_calibration
 from residual_memory.server import asked
-from residual_memory.server.answering import as_json, body_of, described, needs
+from residual_memory.server.answering import as_json, body_of, needs
 from residual_memory.server.atlas import Atlas, atlas
 from residual_memory.server.background import Background
 from residual_memory.server.examples import Examples
+from residual_memory.server.openapi import described
 from residual_memory.server.service import ArrayService, Service
 from residual_memory.survey import Survey
 
@@ -68,7 +69,7 @@ def exploring(service: Service, examples: Examples | None) -> APIRouter:
         body = await body_of(request, asked.Cards)
         return as_json({"rows": await run_in_threadpool(cards, service, examples, body.ids)})
 
-    @router.get("/picture", **described("The image that a row was made of, as PNG."))
+    @router.get("/picture", **described("The image that a row was made of, as PNG.", media="image/png"))
     async def picture(request: Request, id: str) -> Response:  # as clients know it
         needs(request, "explain")
         name = named(service, id)
