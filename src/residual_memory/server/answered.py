@@ -121,3 +121,9 @@ class Refused(BaseModel):
     """An error."""
 
     error: Refusal
+
+
+class Working(BaseModel):
+    """What is asked for is being worked out."""
+
+    progress: float = Field(description="From 0 to 1.")

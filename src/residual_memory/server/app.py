@@ -27,7 +27,7 @@ try:
     from residual_memory.server.limits import Limits
     from residual_memory.server.models import service_for
     from residual_memory.server.observing import LOG, Observer
-    from residual_memory.server.openapi import describe
+    from residual_memory.server.openapi import describe, operation_id
     from residual_memory.server.refusals import NoSuchRoute, refusal
     from residual_memory.server.service import MAX_WEIGHT, Answer, ArrayService, Query, Service
 except ImportError as error:
@@ -99,6 +99,7 @@ def create_app(
         docs_url=None,  # it loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
         lifespan=running,
         exception_handlers={RequestValidationError: _misasked, HTTPException: _unknown},
     )

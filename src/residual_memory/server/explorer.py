@@ -21,7 +21,7 @@ from residual_memory.server.answering import as_json, body_of, needs
 from residual_memory.server.atlas import Atlas, atlas
 from residual_memory.server.background import Background
 from residual_memory.server.examples import Examples
-from residual_memory.server.openapi import described
+from residual_memory.server.openapi import BYTES, described
 from residual_memory.server.service import ArrayService, Service
 from residual_memory.survey import Survey
 
@@ -102,17 +102,15 @@ def exploring(service: Service, examples: Examples | None) -> APIRouter:
         changes = [{"version": c.version, "at": c.at, "what": c.what, "rows": c.rows} for c in reversed(memory.history)]
         return as_json({"changes": changes})
 
-    @router.get("/map", **described("A place in the plane for each row; 202 while they are worked out."))
+    @router.get("/map", **described("A place in the plane for each row.", media=BYTES, later=True))
     async def map_of_rows(request: Request) -> Response:
         needs(request, "explain")
         laid, found = laid_out.get(), surveyed.get()
         if laid is None:
             return working(laid_out.progress)
-        return Response(
-            await run_in_threadpool(packed_map, service, laid, found), media_type="application/octet-stream"
-        )
+        return Response(await run_in_threadpool(packed_map, service, laid, found), media_type=BYTES)
 
-    @router.get("/survey", **described("Reliability, roses and doubtful labels; 202 while they are worked out."))
+    @router.get("/survey", **described("Reliability, roses and doubtful labels.", later=True))
     async def survey_of_rows(request: Request) -> Response:
         needs(request, "explain")
         found = surveyed.get()

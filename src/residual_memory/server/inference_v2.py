@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from numpy import ndarray
 from pydantic import BaseModel, ConfigDict, Field
@@ -102,7 +102,7 @@ class Metadata(BaseModel):
     outputs: list[About]
 
 
-class Output(BaseModel):
+class OutputTensor(BaseModel):
     """An output: its numbers as JSON, or as so many of the bytes behind the header."""
 
     name: str
@@ -118,7 +118,7 @@ class Inferred(BaseModel):
     model_name: str
     model_version: str
     id: str | None = None
-    outputs: list[Output]
+    outputs: list[OutputTensor]
 
 
 class Failed(BaseModel):
@@ -151,31 +151,36 @@ def inferring(service: ArrayService, batcher: Batcher[Query, Answer], name: str)
     async def server_ready(request: Request) -> Response:
         return as_json({"ready": True})
 
-    def check(model: str, version: str | None) -> None:
+    async def check_model(model: str) -> None:
         if model != name:
             raise UnknownId(f"there is no model {model[:80]!r}; the one that is served is {name!r}")
-        if version not in (None, str(service.memory.version)):
+
+    async def check_version(version: str) -> None:
+        if version != str(service.memory.version):
             raise UnknownId(f"there is no version {version[:80]!r}; the memory's is {service.memory.version}")
 
-    for prefix in ("/models/{model}", "/models/{model}/versions/{version}"):
+    this_model, this_version = Depends(check_model), Depends(check_version)
+    for path, suffix, checks in (
+        ("/models/{model}", "", [this_model]),
+        ("/models/{model}/versions/{version}", "_version", [this_model, this_version]),
+    ):
+        told = _described("What the model takes and gives.", answer=Metadata)
 
-        @router.get(prefix, **_described("What the model takes and gives.", answer=Metadata))
-        async def metadata(request: Request, model: str, version: str | None = None) -> Response:
-            check(model, version)
+        @router.get(path, name=f"model{suffix}", dependencies=checks, **told)
+        async def metadata(request: Request) -> Response:
             return as_json(_metadata(service, name))
 
-        @router.get(f"{prefix}/ready", **_described("Whether the model is ready."))
-        async def ready(request: Request, model: str, version: str | None = None) -> Response:
-            check(model, version)
+        told = _described("Whether the model is ready.")
+
+        @router.get(f"{path}/ready", name=f"model{suffix}_ready", dependencies=checks, **told)
+        async def ready(request: Request) -> Response:
             return as_json({"name": name, "ready": True})
 
-        @router.post(
-            f"{prefix}/infer",
-            **_described("Corrected predictions; the neighbours too, where they are asked for.", Inference, Inferred),
-        )
-        async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        told = _described("Corrected predictions; and the neighbours, where they are wanted.", Inference, Inferred)
+
+        @router.post(f"{path}/infer", name=f"infer{suffix}", dependencies=checks, **told)
+        async def infer(request: Request) -> Response:
             needs(request, "predict")
-            check(model, version)
             wanted, arrays = _read(await request.body(), request.headers.get(HEADER))
             outputs = _outputs(wanted)
             if set(outputs) & set(NEIGHBORS):

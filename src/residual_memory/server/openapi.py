@@ -5,14 +5,14 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from residual_memory.server.answered import Refused
+from residual_memory.server.answered import Refused, Working
 
 ABOUT = """Corrected predictions, the memories behind them, and changes.
 
 Every request shows a token, as `Authorization: Bearer TOKEN`. It has one or more of the scopes `predict`, `explain`
 (who the neighbours are) and `write`. When a server has too much to do it answers 429 or 503 with `Retry-After`.
 """
-JSON = "application/json"
+JSON, BYTES = "application/json", "application/octet-stream"
 SCHEMAS = "#/components/schemas/{model}"
 
 Described = dict[str, Any]
@@ -26,7 +26,13 @@ def schema_of(kind: Any) -> Described:
 
 
 def described(
-    summary: str, body: Any = None, answer: Any = None, *, media: str = JSON, error: Any = Refused
+    summary: str,
+    body: Any = None,
+    answer: Any = None,
+    *,
+    media: str = JSON,
+    error: Any = Refused,
+    later: bool = False,
 ) -> Described:
     """Of a route that reads its body and writes its answer by itself.
 
@@ -35,6 +41,7 @@ def described(
     summary : what it does, in one line.
     body, answer : types of what is sent and of what comes back; an answer without a type is some of `media`.
     error : the type of a refusal.
+    later : whether it may have to be worked out first.
     """
     given: Described = {} if answer is None else {"schema": schema_of(answer)}
     refused = {"content": {JSON: {"schema": schema_of(error)}}}
@@ -45,6 +52,9 @@ def described(
             **{status: {"description": reason, **refused} for status, reason in REFUSALS.items()},
         },
     }
+    if later:
+        working = {"content": {JSON: {"schema": schema_of(Working)}}}
+        told["responses"][202] = {"description": "It is being worked out; come again.", **working}
     if body is not None:
         told["openapi_extra"] = {"requestBody": {"required": True, "content": {JSON: {"schema": schema_of(body)}}}}
     return told
@@ -62,6 +72,12 @@ REFUSALS = {
     503: "Too many requests are under way, or the server stops; come again after `Retry-After` seconds.",
     507: "The disk refused; the memory is as it was.",
 }
+
+
+def operation_id(route: Any) -> str:
+    """What a function of a generated client is called; a route, or what newer versions of FastAPI have in its place."""
+    name: str = route.name
+    return name
 
 
 def describe(app: FastAPI) -> None:
@@ -85,6 +101,7 @@ def describe(app: FastAPI) -> None:
 def _gather(node: Any, schemas: Described) -> None:
     """Move all definitions to one place."""
     if isinstance(node, dict):
-        schemas.update(node.pop("$defs", {}))
+        for name, schema in node.pop("$defs", {}).items():
+            assert schemas.setdefault(name, schema) == schema, f"there are two types of the name {name}"
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _gather(value, schemas)
