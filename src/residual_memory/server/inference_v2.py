@@ -263,7 +263,8 @@ def _read(body: bytes, header: str | None) -> tuple[Inference, dict[str, Any]]:
 
 def _from_json(tensor: Tensor, dtype: np.dtype) -> ndarray:
     try:
-        values = np.asarray(tensor.data, dtype).reshape(-1)
+        with np.errstate(over="ignore"):
+            values = np.asarray(tensor.data, dtype).reshape(-1)
     except (ValueError, TypeError, OverflowError):
         raise InvalidInput(f"input {tensor.name} is no list of numbers of type {tensor.datatype}") from None
     return _shaped(tensor, values.tobytes(), dtype)

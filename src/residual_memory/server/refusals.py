@@ -76,7 +76,7 @@ def status_of(error: ResidualMemoryError) -> int:
     return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
 
 
-def told(error: ResidualMemoryError, path: str) -> dict[str, Any]:
+def told(error: ResidualMemoryError, path: str = "/") -> dict[str, Any]:
     """The body of a refusal: type, cause and remedy, as `resmem --json` says them; under /v2 what its protocol has."""
     if path == "/v2" or path.startswith("/v2/"):
         return {"error": str(error)}

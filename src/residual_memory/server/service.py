@@ -391,6 +391,7 @@ def _floats(name: str, values: ArrayLike | None, dtype: type[np.floating]) -> nd
     InvalidInput : if rows differ in length, or something in it is no number.
     """
     try:
-        return np.asarray(values, dtype)
+        with np.errstate(over="ignore"):  # infinite numbers are refused behind this
+            return np.asarray(values, dtype)
     except (ValueError, TypeError, OverflowError):
         raise InvalidInput(f"{name} are no table of numbers; send as many in each row") from None
