@@ -17,7 +17,7 @@ from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.memory import Column, Snapshot
 
 POINTS = 200_000  # that are shown of a larger memory
-LANDMARKS, BETWEEN, COMPONENTS, BLOCK = 2_000, 3, 50, 8192
+LANDMARKS, BETWEEN, COMPONENTS, BLOCK = 3_000, 3, 50, 8192
 SPREAD = 0.35  # of the distance to the nearest landmark, by which rows are moved so that none hides another
 
 
@@ -56,7 +56,7 @@ def atlas(snapshot: Snapshot, *, n_points: int = POINTS, progress: Callable[[flo
         here = rows[start : start + BLOCK]
         queries = np.ascontiguousarray(snapshot.keys.take(here), np.float32)
         found = nearest([part], landmarks, queries, min(BETWEEN, len(keys)))
-        weights = 1 / (found.distances**2 + 1e-9)
+        weights = 1 / (found.distances**4 + 1e-12)
         weights /= weights.sum(axis=1, keepdims=True)
         away = 1 - weights.max(axis=1, keepdims=True)
         moved = random.normal(size=(len(here), 2)) * SPREAD * spacing * away

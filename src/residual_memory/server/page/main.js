@@ -70,7 +70,9 @@ function keys(event) {
   if (number >= 1 && number <= TABS.length) open(TABS[number - 1].id.slice(4), true);
   else if (event.key === "/") {
     open("explain");
-    $(".inputs input, .inputs textarea")?.focus();
+    const field = $(".inputs input, .inputs textarea");
+    field?.focus();
+    field?.select();
   } else if (event.key === "t") theme();
   else if (event.key === "?") $("#help").showModal();
   else return;
