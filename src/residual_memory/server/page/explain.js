@@ -44,7 +44,6 @@ export class Explain {
     });
     choose(ways[0][0], false);
     if (!info.rows) this.answer.replaceChildren(empty("The memory is empty", "Add examples, and ask about them here."));
-    else if (info.inputs?.kind === "text") this.answer.replaceChildren(empty("Ask about a text", "The next token is predicted, with and without the memory."));
     else this.random();
   }
 
