@@ -174,7 +174,7 @@ def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[d
             "owner": carried.owners[place] or None,
             "tags": carried.tags[place],
             "snippet": carried.snippets[place] or None,
-            "context": service.context(name, label),
+            "context": service.context(name, label, carried.snippets[place]),
             "cells": None if examples is None else examples.cells(name),
             "picture": examples is not None and examples.pictures,
         }
