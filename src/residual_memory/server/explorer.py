@@ -198,7 +198,7 @@ def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[d
             "owner": carried.owners[place] or None,
             "tags": carried.tags[place],
             "snippet": carried.snippets[place] or None,
-            "context": service.context(name, label),
+            "context": service.context(name, label, carried.snippets[place]),
             "cells": None if examples is None or example is None else examples.cells(example),
             "picture": example is not None and examples is not None and examples.pictures,
         }

@@ -179,7 +179,7 @@ class Service(ABC):
         """A class, for people."""
 
     @abstractmethod
-    def context(self, name: int | str, label: Any) -> dict[str, str] | None:
+    def context(self, name: int | str, label: Any, snippet: str) -> dict[str, str] | None:
         """The token of a row, and the text before and after it; None where there is none."""
 
     @abstractmethod
@@ -325,7 +325,7 @@ class ArrayService(Service):
     def name_of(self, label: int) -> str:
         return class_label(self.memory, label)
 
-    def context(self, name: int | str, label: Any) -> dict[str, str] | None:
+    def context(self, name: int | str, label: Any, snippet: str) -> dict[str, str] | None:
         return None
 
     def survey(self, progress: Callable[[float], None]) -> Survey | None:
