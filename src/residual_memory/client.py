@@ -124,7 +124,7 @@ class Client:
         without: Sequence[int | str] = (),
         neighbors: int = 10,
         outputs: int = 5,
-        order: Literal["distance", "share"] = "distance",
+        order: Literal["distance", "share", "answer"] = "distance",
     ) -> list[dict[str, Any]]:
         """Of each query base and corrected `outputs`, and the `neighbors` that made the difference.
 
@@ -133,7 +133,8 @@ class Client:
         keys, predictions, inputs, ids : as in `predict`.
         without : rows that are passed over this once, as if they were forgotten.
         neighbors, outputs : how many are listed.
-        order : of the memories, the nearest or those with the largest share of the correction first.
+        order : of the memories, the nearest first, those with the largest share of the correction, or those whose
+            label is the corrected answer.
         """
         body = {
             **_queries(keys, predictions, inputs, ids),

@@ -60,6 +60,8 @@ def test_an_explanation_adds_up_to_what_is_predicted(client: TestClient) -> None
 def test_the_weightiest_memories_are_listed_where_they_are_wanted(client: TestClient) -> None:
     (nearest,) = client.post("/explain", json={**queries(1), "neighbors": 50}).json()["queries"]
     (weightiest,) = client.post("/explain", json={**queries(1), "neighbors": 3, "order": "share"}).json()["queries"]
+    (agreeing,) = client.post("/explain", json={**queries(1), "order": "answer"}).json()["queries"]
+    assert agreeing["neighbors"][0]["label"] == agreeing["outputs"][0]["output"]
     shares = sorted((entry["share"] for entry in nearest["neighbors"]), reverse=True)
     assert [entry["share"] for entry in weightiest["neighbors"]] == shares[:3]
     assert weightiest["share_of_more"] == pytest.approx(sum(shares[3:]))

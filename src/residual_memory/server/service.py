@@ -23,7 +23,7 @@ from residual_memory.validation import as_ids, as_keys, as_predictions, widened
 MAX_WEIGHT = 0.1  # of one row: the less a row may weigh, the less answers tell of who is in the memory
 
 Names = Sequence[int | str]
-Order = Literal["distance", "share"]
+Order = Literal["distance", "share", "answer"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Service(ABC):
         ----------
         without : ids that are passed over this once, as if they were forgotten.
         n_neighbors, n_outputs : how many are listed.
-        order : of the memories, the nearest or those with the largest share of the correction first.
+        order : of the memories, the nearest first, those with the largest share of the correction, or those whose
+            label is the corrected answer.
         """
 
     @abstractmethod
@@ -295,7 +296,7 @@ class ArrayService(Service):
         for row in range(len(query)):
             outputs = told_outputs(self.memory, said[row], corrected[row], n_outputs)
             listed = told_neighbors(self.memory, found, row, [entry["output"] for entry in outputs])
-            entries.append({"outputs": outputs, **first(listed, n_neighbors, order)})
+            entries.append({"outputs": outputs, **first(listed, n_neighbors, order, int(corrected[row].argmax()))})
         return entries
 
     def observed(self, query: Query) -> Seen:
@@ -364,10 +365,10 @@ class ArrayService(Service):
         return [known[label] if isinstance(label, str) else label for label in labels]
 
 
-def first(listed: list[dict[str, Any]], n: int, order: Order) -> dict[str, Any]:
+def first(listed: list[dict[str, Any]], n: int, order: Order, answer: int) -> dict[str, Any]:
     """The first memories of a list in order of distance, and what the others amount to."""
-    if order == "share":
-        listed = sorted(listed, key=lambda entry: -entry["share"])
+    if order != "distance":
+        listed = sorted(listed, key=lambda entry: (order == "answer" and entry["label"] != answer, -entry["share"]))
     rest = listed[n:]
     return {"neighbors": listed[:n], "n_more": len(rest), "share_of_more": sum(entry["share"] for entry in rest)}
 

@@ -151,7 +151,7 @@ class TextService(Service):
         for row in range(len(query)):
             entry: dict[str, Any] = {
                 "outputs": self._outputs(base[row], corrected[row], n_outputs),
-                **first(self._told(seen, row), n_neighbors, order),
+                **first(self._told(seen, row), n_neighbors, order, int(corrected[row].argmax())),
                 "amount": float(seen.amount[row]),
             }
             if query.own is None:

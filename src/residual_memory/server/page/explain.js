@@ -6,6 +6,7 @@ import { $, confirmed, empty, failed, figure, filled, h, loading, percent, shown
 
 const NEIGHBORS = 24;
 const OUTPUTS = 6;
+const ORDERS = [["share", "largest share first"], ["distance", "nearest first"], ["answer", "with the answer first"]];
 
 export class Explain {
   constructor(info, changed) {
@@ -14,7 +15,7 @@ export class Explain {
     this.without = new Set();
     this.query = null; // what the server is asked, less what is left out
     this.source = null; // what is shown of it
-    this.order = "share"; // of the memories: "share" or "distance"
+    this.order = info.inputs?.kind === "text" ? "answer" : "share"; // of the memories
     this.answer = $("#answer");
     this.number = 0; // of the last question: answers to earlier ones are dropped
     this.build();
@@ -152,10 +153,11 @@ export class Explain {
       cards.push(this.card({ id, name: row.name, label: row.label }, row));
     }
     const wide = [...rows.values()].some((row) => row.context || row.snippet || row.cells);
+    const classes = this.info.task === "classification";
     const choice = h(
       "select",
       { "aria-label": "Order", onchange: () => ((this.order = choice.value), this.refresh()) },
-      [["share", "weightiest first"], ["distance", "nearest first"]].map(([value, text]) => h("option", { value, selected: value === this.order }, text)),
+      ORDERS.filter(([value]) => classes || value !== "answer").map(([value, text]) => h("option", { value, selected: value === this.order }, text)),
     );
     const more = told.n_more ? `and ${told.n_more.toLocaleString("en")} more with ${percent(told.share_of_more)} of the correction` : "";
     this.answer.replaceChildren(
