@@ -1,7 +1,7 @@
 """Run by MLflow when it loads a model that `models.mlflow.log_model` logged; for nothing else."""
 
-import mlflow
+from mlflow.models import ModelConfig, set_model
 
-from residual_memory.models.mlflow import MemoryModel
+from residual_memory.models.mlflow import CLASSES
 
-mlflow.models.set_model(MemoryModel())
+set_model(CLASSES[ModelConfig().get("kind")]())
