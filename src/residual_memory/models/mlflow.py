@@ -1,9 +1,12 @@
 """A model with its memory in MLflow, as code and files, without a pickle: `log_model`, and what is run to load it."""
 
 import os
+import re
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,16 +17,23 @@ from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.models.pretrained import BASE, Saved
 
 try:
-    import mlflow
-    import pandas as pd
-    from mlflow.models import ModelSignature
-    from mlflow.pyfunc import PythonModel
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns of type hints of its own
+        import mlflow
+        import pandas as pd
+        from mlflow.models import ModelSignature
+        from mlflow.pyfunc.model import PythonModel
+        from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 except ImportError as error:
     raise MissingExtra("logging to MLflow", "mlflow") from error
 
 FOLDER = "folder"
-CODE = Path(__file__).with_name("mlflow_code.py")
+CODE = """from mlflow.models import set_model
+
+from residual_memory.models.mlflow import {name}
+
+set_model({name}({arguments}))
+"""
 MODULE, LANGUAGE = "ResMemModule", "ResMemForCausalLM"
 EXTRAS = {MODULE: "faiss,mlflow", LANGUAGE: "faiss,mlflow,transformers"}
 BATCH = 256  # examples that pass through a module at a time
@@ -37,7 +47,8 @@ def log_model(
 
     `mlflow.pyfunc.load_model` then gives a model that takes, for a `ResMemModule`, an array of inputs, and gives a data
     frame: `label` (the class's name, where it has one) and `probability`, or a column a target. For a
-    `ResMemForCausalLM` it takes texts and gives what comes next, greedily; `max_new_tokens` is a parameter.
+    `ResMemForCausalLM` it takes texts and gives what comes next, greedily; `max_new_tokens` is a parameter, 32 by
+    default, or as many as the model has room for.
 
     Parameters
     ----------
@@ -58,7 +69,7 @@ def log_model(
     InvalidInput : if the architecture is needed and not named, or a language model has no tokenizer.
     """
     saved = Saved.at(folder)
-    if saved.kind == MODULE and (model is None or ":" not in model):
+    if saved.kind == MODULE and not (model and re.fullmatch(r"[\w.]+:\w+", model)):
         raise InvalidInput(
             f"model is {model!r}, expected the function that makes the architecture, since {folder} holds weights "
             "alone; name it as model='MODULE:FUNCTION'"
@@ -70,13 +81,13 @@ def log_model(
     if options.get("conda_env") is None and options.get("pip_requirements") is None:
         own = f"residual-memory[{EXTRAS[saved.kind]}]=={__version__}"
         options["pip_requirements"] = [own, *(options.pop("extra_pip_requirements", None) or [])]
-    return mlflow.pyfunc.log_model(
-        name=name,
-        python_model=str(CODE),
-        artifacts={FOLDER: str(saved.path.resolve())},
-        model_config={"kind": saved.kind, "model": model},
-        **options,
-    )
+    code = CODE.format(name=CLASSES[saved.kind].__name__, arguments=repr(model) if saved.kind == MODULE else "")
+    with TemporaryDirectory() as place:
+        file = Path(place) / "residual_memory_model.py"
+        file.write_text(code, encoding="utf-8")
+        return mlflow.pyfunc.log_model(
+            name=name, python_model=str(file), artifacts={FOLDER: str(saved.path.resolve())}, **options
+        )
 
 
 def _text_signature() -> ModelSignature:
@@ -86,10 +97,18 @@ def _text_signature() -> ModelSignature:
 
 
 class ModuleModel(PythonModel):
-    """A `ResMemModule` as MLflow calls it."""
+    """A `ResMemModule` as MLflow calls it.
+
+    Parameters
+    ----------
+    model : as in `log_model`.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
 
     def load_context(self, context: Any) -> None:
-        self._answer = _of_module(_folder_of(context), context.model_config["model"])
+        self._answer = _of_module(_folder_of(context), self._model)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         del context, params
@@ -108,7 +127,7 @@ class LanguageModel(PythonModel):
         return [self._answer(text, n_tokens) for text in model_input.iloc[:, 0]]
 
 
-CLASSES = {MODULE: ModuleModel, LANGUAGE: LanguageModel}
+CLASSES: dict[str, type[PythonModel]] = {MODULE: ModuleModel, LANGUAGE: LanguageModel}
 
 
 def _folder_of(context: Any) -> Path:
@@ -125,7 +144,8 @@ def _of_module(folder: Path, reference: str) -> Callable[[Any], pd.DataFrame]:
     names = module.memory.class_names
 
     def answer(inputs: Any) -> pd.DataFrame:
-        batches = torch.from_numpy(_numbers(inputs)).split(BATCH)
+        examples = torch.from_numpy(_numbers(inputs))
+        batches = (examples[start : start + BATCH] for start in range(0, max(len(examples), 1), BATCH))
         said = np.concatenate([module(batch).cpu().numpy() for batch in batches])
         if module.memory.layout.task == "regression":
             return pd.DataFrame(said, columns=[f"target_{target}" for target in range(said.shape[1])])
@@ -152,8 +172,11 @@ def _of_language_model(folder: Path) -> Callable[[str, int], str]:
 
     def answer(text: str, n_tokens: int) -> str:
         prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        made = lm.generate(**prompt, max_new_tokens=n_tokens, do_sample=False)
-        start = 0 if lm.config.is_encoder_decoder else prompt["input_ids"].shape[1]
-        return tokenizer.decode(made[0, start:], skip_special_tokens=True)
+        length = 0 if lm.watch.decodes else prompt["input_ids"].shape[1]
+        room = n_tokens if lm.watch.longest is None else min(n_tokens, lm.watch.longest - length)
+        if room == 0:
+            return ""
+        made = lm.generate(**prompt, max_new_tokens=room, do_sample=False)
+        return tokenizer.decode(made[0, length:], skip_special_tokens=True)
 
     return answer

@@ -206,11 +206,13 @@ def _flush(folder: Path) -> None:
                 disk.sync(file)
 
 
-def save_memory(memory: Memory, folder: Path) -> None:
-    """The rows that are not forgotten, without what only a writer needs."""
-    memory.copy(folder / MEMORY).close()
+def save_memory(memory: Memory, folder: Path) -> Memory:
+    """A copy of the rows that are not forgotten, closed, without the files that only a writer needs."""
+    copy = memory.copy(folder / MEMORY)
+    copy.close()
     for name in (LOCK, RESERVE):
         (folder / MEMORY / name).unlink(missing_ok=True)
+    return copy
 
 
 def write_options(folder: Path, kind: str, options: Mapping[str, Any]) -> None:

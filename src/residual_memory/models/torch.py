@@ -550,8 +550,8 @@ class ResMemModule(nn.Module):
         with saving(folder) as part:
             save_weights(self.model, part / WEIGHTS)
             write_options(part, "ResMemModule", options)
-            save_memory(self.memory, part)
-            text = (card or Card()).text(self.memory, self.setting, base_class=base["class"], example=example)
+            memory = save_memory(self.memory, part)
+            text = (card or Card()).text(memory, self.setting, base_class=base["class"], example=example)
             (part / CARD).write_text(text, encoding="utf-8")
 
     @staticmethod

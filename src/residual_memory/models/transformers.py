@@ -393,8 +393,8 @@ class ResMemForCausalLM(nn.Module):
             if tokenizer is not None:
                 tokenizer.save_pretrained(part / BASE)
             write_options(part, "ResMemForCausalLM", options)
-            save_memory(memory, part)
-            text = (card or Card()).text(memory, self.setting, base_class=base["class"], example=example)
+            kept = save_memory(memory, part)
+            text = (card or Card()).text(kept, self.setting, base_class=base["class"], example=example)
             (part / CARD).write_text(text, encoding="utf-8")
 
     @staticmethod

@@ -48,7 +48,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise CorruptFile(f"{file} cannot be read: {error}") from error
     own = model.state_dict()
-    for name in [*kept, *own]:
+    for name in [*own, *kept]:
         said, found = (_described(some[name]) if name in some else "none" for some in (kept, own))
         if said != found:
             raise InvalidInput(
