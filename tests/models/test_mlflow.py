@@ -105,7 +105,8 @@ def test_a_fresh_process_says_the_same(logged: Logged, monkeypatch: pytest.Monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (logged.place / "runs").as_uri())
     x, texts = mlp_data(7, seed=3).inputs, ["w3 w7 w11", "w5"]
     told = json.dumps([[info.model_uri for info in logged.infos], x.tolist(), texts])
-    ended = subprocess.run([sys.executable, "-c", LOADING, told], capture_output=True, text=True, timeout=120)
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", LOADING, told], cwd=root, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     classes, values, four, more = json.loads(ended.stdout)
     expected = logged.classifier(x)

@@ -464,7 +464,7 @@ def test_a_card_shows_all_three_predictions_with_intervals_the_verdict_and_the_a
             value, margin = (float(part) for part in cell.split(" ± "))
             assert value == pytest.approx(scale * estimate.value, rel=1e-3)
             assert margin == pytest.approx(scale * estimate.margin, rel=0.06)
-    assert f"- other: {nats.verdict}" in text
+    assert f"- On other: {nats.verdict}" in text
     assert f"Measured: {audit.verdict}; with AUC {audit.auc_nearest.value:.3f}" in text
     assert "not measured" not in text
 
@@ -487,7 +487,7 @@ def test_text_of_others_is_shown_as_it_is(tmp_path: Path) -> None:
     held = rm.observe(module.model, mlp_data(30, seed=1), module.memory, verbose=False)
     rows: tuple[Any, Any, Any] = held.keys, held.labels, held.predictions
     found = rm.evaluate(module.memory, *rows, SETTING)
-    told = {"title": HOSTILE, "base": HOSTILE, "data": HOSTILE, "evaluations": {HOSTILE: found}}
+    told = {"title": HOSTILE, "base": HOSTILE, "data": HOSTILE, "evaluations": {f"1. + {HOSTILE}": found}}
     text = card_of(module, tmp_path / "saved", **told)
     plain = card_of(module, tmp_path / "plain", title="x", base="x", data="x", evaluations={"x": found})
     parser = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")

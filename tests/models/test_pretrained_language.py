@@ -193,4 +193,4 @@ def test_the_card_of_a_language_model_has_accuracy_and_log_loss(tmp_path: Path) 
     assert np.exp(float(base)) == pytest.approx(summary["perplexity_base"], rel=0.01)
     assert alone == "–"
     assert np.exp(float(corrected)) == pytest.approx(summary["perplexity_corrected"], rel=0.01)
-    assert f"- held out: {scores.verdict}" in text
+    assert f"- On held out: {scores.verdict}" in text

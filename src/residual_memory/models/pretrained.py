@@ -114,7 +114,7 @@ def _figures(evaluations: Mapping[str, Evaluation | TokenScores]) -> list[str]:
         return ["None were given, so nothing is said of what the memory gains."]
     header = ("held-out data", "metric", "base", "memory alone", "corrected", "gain", "rows")
     rows = [(name, *row) for name, found in evaluations.items() for row in _rows(found)]
-    verdicts = [f"- {_plain(name)}: {found.verdict}" for name, found in evaluations.items()]
+    verdicts = [f"- On {_plain(name)}: {found.verdict}" for name, found in evaluations.items()]
     return [*_table(header, rows), "", "Intervals are of 95 %, that of the gain paired by row.", "", *verdicts]
 
 
