@@ -28,8 +28,10 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # What a page's code imports beyond the core.
 NEEDS = {
-    "tables": ("sklearn", "pandas"),
-    "torch": ("torch", "sklearn"),
+    "start-images": ("torch", "sklearn"),
+    "start-tables": ("sklearn", "pandas"),
+    "start-text": ("torch", "transformers"),
+    "tables": ("sklearn",),
     "language": ("torch", "transformers"),
     "ray": ("torch",),
 }
@@ -121,7 +123,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: Path, tmp_p
 
 
 def test_the_start_needs_numpy_alone(tmp_path: Path) -> None:
-    python(__file__, DOCS / "start.md", *FRAMEWORKS, cwd=tmp_path)
+    python(__file__, DOCS / "start-arrays.md", *FRAMEWORKS, cwd=tmp_path)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
