@@ -28,6 +28,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # What a page's code imports beyond the core.
 NEEDS = {
+    "choosing": ("torch", "sklearn"),
+    "when-not": ("sklearn",),
     "start-images": ("torch", "sklearn"),
     "start-tables": ("sklearn", "pandas"),
     "start-text": ("torch", "transformers"),
