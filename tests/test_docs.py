@@ -30,6 +30,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 NEEDS = {
     "choosing": ("torch", "sklearn"),
     "when-not": ("sklearn",),
+    "extending": ("sklearn",),
     "start-images": ("torch", "sklearn"),
     "start-tables": ("sklearn", "pandas"),
     "start-text": ("torch", "transformers"),
