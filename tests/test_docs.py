@@ -135,6 +135,12 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert {page.stem for page in PAGES} - {"index"} <= listed
 
 
+def test_the_readme_leads_to_every_page_and_to_nothing_that_is_not_there() -> None:
+    linked = set(re.findall(r"\]\(([\w./-]+)[)#]", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {f"docs/{page.name}" for page in PAGES} - {"docs/index.md"} <= linked
+    assert [link for link in sorted(linked) if not (ROOT / link).exists()] == []
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     reference = (DOCS / "reference.md").read_text(encoding="utf-8")
     named = set(re.findall(r"auto(?:class|function):: residual_memory\.(\w+)$", reference, re.MULTILINE))
