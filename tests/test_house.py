@@ -23,7 +23,7 @@ LAYERS = [
     {"correction", "metric_learning"},
     {"explanation", "evaluation", "language", "planning"},
     {"tuning", "privacy"},
-    {"models", "theory", "figures", "exchange", "client", "surveying"},
+    {"models", "theory", "figures", "exchange", "client", "survey"},
     {"demo", "selftest", "shrinking", "testing"},
     {"server"},
     {"cli"},

@@ -22,7 +22,7 @@ from residual_memory.server.atlas import Atlas, atlas
 from residual_memory.server.background import Background
 from residual_memory.server.examples import Examples
 from residual_memory.server.service import ArrayService, Service
-from residual_memory.surveying import Survey
+from residual_memory.survey import Survey
 
 PAGE = files("residual_memory.server") / "page"
 ASSETS = {

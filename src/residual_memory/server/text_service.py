@@ -18,7 +18,7 @@ from residual_memory.models.transformers import ResMemForCausalLM, Seen, stored_
 from residual_memory.models.vocabulary import top_m_of
 from residual_memory.server.service import Answer, Names, Query, Service, excluded, own_rows
 from residual_memory.server.service import Seen as Observed
-from residual_memory.surveying import Survey
+from residual_memory.survey import Survey
 
 BEFORE, AFTER = 32, 8  # tokens that are shown around one
 MOST_TEXTS = 64  # of a request
