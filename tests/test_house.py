@@ -133,6 +133,11 @@ def test_every_public_name_resolves(name: str) -> None:
     assert name in dir(residual_memory)
 
 
+def test_no_public_name_is_a_rooms_too() -> None:
+    """Whoever imports a room makes it an attribute of the package, and would hide the function of that name."""
+    assert set(residual_memory.__all__) & ROOMS == {"errors"}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Memry'"):
         _ = residual_memory.Memry
