@@ -23,7 +23,7 @@ LAYERS = [
     {"correction", "metric_learning"},
     {"explanation", "evaluation", "language", "planning"},
     {"tuning", "privacy"},
-    {"models", "theory", "figures", "exchange", "client", "survey"},
+    {"models", "theory", "figures", "exchange", "client", "surveying"},
     {"demo", "selftest", "shrinking", "testing"},
     {"server"},
     {"cli"},

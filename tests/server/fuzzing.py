@@ -94,7 +94,9 @@ NUMBERS = st.one_of(
     st.sampled_from([2**31, 2**63, -(2**63) - 1, 10**400, 1e300, 1e-320, float("nan"), float("inf")]),
     st.floats(),
 )
-SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.sampled_from(["", "keys", "\0", "\ud800", "é" * 2000]), st.text())
+SCALARS = st.one_of(
+    st.none(), st.booleans(), NUMBERS, st.sampled_from(["", "keys", "\0", "\ud800", "é" * 2000]), st.text()
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3))
 )  # fmt: skip
@@ -137,7 +139,9 @@ def fuzz(app: FastAPI, n_cases: int, number: int = 0) -> Counter[str]:
     """
     statuses: Counter[str] = Counter()
     schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=BEARER)
-    documented = {path: set(known["post"]["responses"]) for path, known in app.openapi()["paths"].items() if "post" in known}
+    documented = {
+        path: set(known["post"]["responses"]) for path, known in app.openapi()["paths"].items() if "post" in known
+    }
     documented |= {"/v2/models/memory/infer": documented.get("/v2/models/{model}/infer", set())}
     with TestClient(app, headers=BEARER) as client:
 

@@ -25,7 +25,7 @@ from residual_memory.server.background import Background
 from residual_memory.server.examples import Examples
 from residual_memory.server.openapi import BYTES, described
 from residual_memory.server.service import ArrayService, Service
-from residual_memory.survey import Survey
+from residual_memory.surveying import Survey
 from residual_memory.validation import as_ids
 
 PAGE = files("residual_memory.server") / "page"
