@@ -38,5 +38,3 @@ def test_every_operation_has_a_name_of_its_own_and_says_what_it_does() -> None:
     for operation in operations:
         assert operation["summary"]
         assert {"200", "401", "403", "422", "429", "503"} <= set(operation["responses"])
-
-
