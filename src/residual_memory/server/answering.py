@@ -72,7 +72,9 @@ def answering(service: Service, batcher: Batcher[Query, Answer], observer: Obser
 
         def work() -> list[Any]:
             query = few(service.query(body.keys, body.predictions, body.inputs, body.ids))
-            return service.explain(query, without=body.without, n_neighbors=body.neighbors, n_outputs=body.outputs)
+            return service.explain(
+                query, without=body.without, n_neighbors=body.neighbors, n_outputs=body.outputs, order=body.order
+            )
 
         return as_json({"queries": await run_in_threadpool(work), "version": service.memory.version})
 
