@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -161,6 +162,7 @@ def fuzz(app: FastAPI, n_cases: int, number: int = 0) -> Counter[str]:
             assert str(answer.status_code) in documented, (path, content[:2000], answer.status_code)
 
         for result in schema.get_all_operations():
+            assert isinstance(result, Ok)
             operation = result.ok()
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
                 _run(ask_from_document, operation.as_strategy(generation_mode=mode), n_cases, number)

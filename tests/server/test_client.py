@@ -72,7 +72,8 @@ def test_errors_are_those_of_the_library(client: rm.Client, tmp_path: Path) -> N
 
 def test_what_cannot_be_sent_is_refused_here(address: Address) -> None:
     with rm.Client(address.url, TOKEN) as client:
-        for keys in ([[float("nan")] * 8], [[object()] * 8]):
+        unsayable: list[Any] = [float("nan"), object()]
+        for keys in ([[value] * 8] for value in unsayable):
             with pytest.raises(rm.errors.InvalidInput, match="cannot be sent"):
                 client.predict(keys, [[0.2] * 5])
     with pytest.raises(rm.errors.InvalidInput, match="which is none"):

@@ -95,6 +95,7 @@ def test_a_version_is_the_memorys(client: TestClient) -> None:
     assert client.post("/v2/models/memory/versions/2/infer", json=tensors()).json()["model_version"] == "2"
 
 
+@pytest.mark.filterwarnings("ignore::residual_memory.errors.FewerNeighbors")
 def test_neighbors_are_as_many_as_there_are(memory: Memory) -> None:
     memory.forget(memory.ids[3:])
     with TestClient(create_app(memory, token=TOKEN), headers=BEARER) as client:

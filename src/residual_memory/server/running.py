@@ -198,7 +198,7 @@ def serve(
 
 @contextmanager
 def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Return when a signal has stopped the server: uvicorn raises it again then, which would end the process at once."""
+    """Return when a signal has stopped the server: uvicorn raises it once more then, which would end the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
