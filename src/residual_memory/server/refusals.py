@@ -70,9 +70,12 @@ def status_of(error: ResidualMemoryError) -> int:
 
 
 def told(error: ResidualMemoryError) -> dict[str, Any]:
-    """The body of a refusal: type, cause and remedy, as `resmem --json` says them."""
+    """The body of a refusal: type, cause and remedy, as `resmem --json` says them, in the shape of OpenAI's errors."""
     cause, remedy = cause_and_remedy(error)
-    return {"error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy}}
+    of_openai = {"param": None, "code": None}
+    return {
+        "error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy, **of_openai}
+    }
 
 
 def refusal(error: ResidualMemoryError, retry_seconds: int) -> tuple[int, Mapping[str, str], bytes]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64, Integer, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -49,7 +49,7 @@ class Stream:
                 break
         self._tokens = np.concatenate(parts)
 
-    def holds(self, places: Int64[ndarray, " p"], labels: Int64[ndarray, " p"]) -> Bool[ndarray, " p"]:
+    def holds(self, places: Int64[ndarray, " p"], labels: Integer[ndarray, " p"]) -> Bool[ndarray, " p"]:
         """Whether these tokens lie at these places."""
         inside = (places >= 0) & (places < len(self._tokens))
         return inside & (self._tokens[np.where(inside, places, 0)] == labels) if len(self._tokens) else inside
@@ -371,6 +371,6 @@ def _check_fits(stream: Stream, memory: Memory) -> None:
     fits = stream.holds(ids, labels) if ids.dtype.kind in "iu" else np.zeros(len(rows), bool)
     if len(rows) and fits.mean() <= 0.5:
         raise InvalidInput(
-            f"the text has the memory's token at {fits.sum():,} of {len(rows):,} places; give the text that the memory was "
-            "built from, or none"
+            f"the text has the memory's token at {fits.sum():,} of {len(rows):,} places; give the text that the memory "
+            "comes from, or none"
         )
