@@ -331,9 +331,7 @@ class TextService(Service):
             return np.zeros(0, np.int64)
         m = self.memory.snapshot.manifest.top_m
         logs = [batch.logits.float().log_softmax(1) for batch in batches]
-        predictions = joined_predictions(
-            [some.exp().cpu().numpy() if m is None else top_m_of(some, m) for some in logs]
-        )
+        said = joined_predictions([some.exp().cpu().numpy() if m is None else top_m_of(some, m) for some in logs])
         documents = np.concatenate([batch.documents for batch in batches])
         places = np.concatenate([batch.offsets for batch in batches])
         with self.writing:
