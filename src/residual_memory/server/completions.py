@@ -33,6 +33,7 @@ ROOM = 8192  # tokens of prompt and completion, of a model that names no limit
 TOGETHER = 2  # requests that are worked on at a time: each takes a core
 WAITING = 16  # requests that wait for their turn; more are refused
 CONTEXT = 8  # tokens of the prompt with which the first new ones are read: some differ at the beginning of a text
+CACHES = {"cache", "past_key_values"}  # what newer and older transformers call it, coming and going
 GONE = 499  # the status that is noted of a client that did not wait
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -199,14 +200,14 @@ class Continuation:
         """The prompt, if it is to be echoed, and what comes after it, token by token."""
         limit = 16 if self._wanted.max_tokens is None else self._wanted.max_tokens
         tokens, n_read = list(self._prompt), 0
-        logits, past = None, None
+        logits, past = None, dict[str, Any]()
         if self._wanted.echo and self._wanted.logprobs is not None:
             echo = Text(self._service, (), 0)
             yield echo.add(Said(tokens[0], 0))
             step = max(1, LOGIT_BYTES // (4 * self._service.lm.watch.vocabulary))
             while n_read < len(tokens):
                 start, n_read = n_read, min(n_read + step, len(tokens))
-                logits, past = self._logits(tokens[0 if past is None else start : n_read], past, n_read - start)
+                logits, past = self._logits(tokens[start if past else 0 : n_read], past, n_read - start)
                 for token, said in zip(tokens[start + 1 : n_read + 1], logits, strict=False):
                     yield echo.add(self._said(token, echo.end, said))
             yield echo.rest()
@@ -215,7 +216,7 @@ class Continuation:
         text = Text(self._service, tokens, len(self._service.decoded(tokens)), self._stops)
         for _ in range(limit):
             if n_read < len(tokens):
-                logits, past = self._logits(tokens if past is None else tokens[n_read:], past, 1)
+                logits, past = self._logits(tokens[n_read if past else 0 :], past, 1)
                 n_read = len(tokens)
             assert logits is not None
             token = self._choose(logits[-1])
@@ -230,15 +231,14 @@ class Continuation:
             tokens.append(token)
         yield text.rest()
 
-    def _logits(self, tokens: Sequence[int], past: Any, n: int) -> tuple[Tensor, Any]:
+    def _logits(self, tokens: Sequence[int], past: dict[str, Any], n: int) -> tuple[Tensor, dict[str, Any]]:
         """Logits with the memory [n v] of the last n of these tokens, and the cache of a model that has one."""
-        options: dict[str, Any] = {"logits_to_keep": n} if self._can_keep else {}
-        if past is not None:
-            options["past_key_values"] = past
+        options = {"logits_to_keep": n, **past} if self._can_keep else past
         with torch.inference_mode():
             read = torch.tensor([tokens], device=self._service.lm.device)
             result = self._service.lm(input_ids=read, use_cache=True, **options)
-            return result.logits[0, -n:].float().cpu(), result.get("past_key_values")
+            past = {name: result[name] for name in CACHES & set(result)}
+            return result.logits[0, -n:].float().cpu(), past
 
     def _said(self, token: int, offset: int, logits: Tensor) -> Said:
         if self._wanted.logprobs is None:

@@ -77,11 +77,17 @@ def status_of(error: ResidualMemoryError) -> int:
 
 
 def told(error: ResidualMemoryError, path: str = "/") -> dict[str, Any]:
-    """The body of a refusal: type, cause and remedy, as `resmem --json` says them; under /v2 what its protocol has."""
+    """The body of a refusal: type, cause and remedy, as `resmem --json` says them, in the shape of OpenAI's errors.
+
+    Under /v2 it is what that protocol has.
+    """
     if path == "/v2" or path.startswith("/v2/"):
         return {"error": str(error)}
     cause, remedy = cause_and_remedy(error)
-    return {"error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy}}
+    of_openai = {"param": None, "code": None}
+    return {
+        "error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy, **of_openai}
+    }
 
 
 def refusal(

@@ -1,14 +1,16 @@
 """A language model's memory in use: the next token of a text, with and without the memory, and the tokens behind it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64, Integer, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.nn import functional
 
 from residual_memory.correction import ById
 from residual_memory.errors import InvalidInput
@@ -24,7 +26,8 @@ from residual_memory.surveying import Survey
 from residual_memory.windows import Windows
 
 BEFORE, AFTER = 32, 8  # tokens that are shown around one
-MOST_TEXTS = 64  # of a request
+MOST_TEXTS, MOST_CHARACTERS = 64, 1 << 18  # of a request
+ROW_BYTES = 256 << 20  # of whole predictions of rows that are asked about together
 MOST_READ = 1024  # tokens of a text that a model reads at once, if it has no limit of its own below
 UNFINISHED = "\ufffd"  # stands for the bytes of a character that is not whole
 FITTED = 1000  # rows by which a text is compared with a memory
@@ -49,7 +52,7 @@ class Stream:
                 break
         self._tokens = np.concatenate(parts)
 
-    def holds(self, places: Int64[ndarray, " p"], labels: Int64[ndarray, " p"]) -> Bool[ndarray, " p"]:
+    def holds(self, places: Int64[ndarray, " p"], labels: Integer[ndarray, " p"]) -> Bool[ndarray, " p"]:
         """Whether these tokens lie at these places."""
         inside = (places >= 0) & (places < len(self._tokens))
         return inside & (self._tokens[np.where(inside, places, 0)] == labels) if len(self._tokens) else inside
@@ -91,10 +94,19 @@ class TextService(Service):
         if (inputs is None) == (ids is None) or keys is not None or predictions is not None:
             raise InvalidInput("a language model is asked by inputs, which are texts, or by ids of tokens")
         if ids is not None:
+            most = max(1, ROW_BYTES // (4 * self.memory.layout.n_outputs))
+            if len(ids) > most:
+                raise InvalidInput(f"there are {len(ids):,} ids, expected at most {most:,}; ask for fewer at a time")
             return own_rows(self.memory, ids)
         assert inputs is not None
-        if len(inputs) > MOST_TEXTS or not all(isinstance(text, str) for text in inputs):
-            raise InvalidInput(f"inputs are {len(inputs)} values, expected at most {MOST_TEXTS} texts")
+        if not all(isinstance(text, str) for text in inputs):
+            raise InvalidInput("an input is no text; send strings")
+        n_characters = sum(map(len, inputs))
+        if not 0 < len(inputs) <= MOST_TEXTS or n_characters > MOST_CHARACTERS:
+            raise InvalidInput(
+                f"inputs are {len(inputs):,} texts of {n_characters:,} characters together, expected 1 to {MOST_TEXTS} "
+                f"of at most {MOST_CHARACTERS:,}; send fewer at a time"
+            )
         return Query(inputs=[self.encoded(text) for text in inputs])
 
     def encoded(self, text: str) -> Int64[ndarray, " t"]:
@@ -126,14 +138,16 @@ class TextService(Service):
     def neighbors(
         self, query: Query, n_neighbors: int | None = None, without: Names = ()
     ) -> list[list[dict[str, Any]]]:
-        exclude = excluded(query, without)
         keys, logits = self._keys_and_logits(query)
-        seen = self._seen(keys, logits, exclude)
-        told = [self._told(seen, row)[:n_neighbors] for row in range(len(query))]
-        if n_neighbors is not None and n_neighbors > self.lm.setting.n_neighbors:
-            further = self.lm.recall(keys, n_neighbors, exclude)
-            for row, entries in enumerate(told):
-                entries += self._named(further, row)[len(entries) :]
+        exclude = excluded(query, without)
+        told = []
+        for here, seen in self._seen(keys, logits, exclude):
+            listed = [self._told(seen, row)[:n_neighbors] for row in range(len(seen.base))]
+            if n_neighbors is not None and n_neighbors > self.lm.setting.n_neighbors:
+                further = self.lm.recall(keys[here], n_neighbors, _part(exclude, here))
+                for row, entries in enumerate(listed):
+                    entries += self._named(further, row)[len(entries) :]
+            told += listed
         return told
 
     def explain(
@@ -145,18 +159,19 @@ class TextService(Service):
         n_outputs: int = 5,
         order: Order = "distance",
     ) -> list[dict[str, Any]]:
-        seen = self._seen(*self._keys_and_logits(query), excluded(query, without))
-        base, corrected = seen.base, self._corrected(seen)
-        entries = []
-        for row in range(len(query)):
-            entry: dict[str, Any] = {
-                "outputs": self._outputs(base[row], corrected[row], n_outputs),
-                **first(self._told(seen, row), n_neighbors, order, int(corrected[row].argmax())),
-                "amount": float(seen.amount[row]),
-            }
-            if query.own is None:
-                entry["context"] = {"before": self.decoded(query.inputs[row][-BEFORE:]), "token": "…", "after": ""}
-            entries.append(entry)
+        entries = list[dict[str, Any]]()
+        for _, seen in self._seen(*self._keys_and_logits(query), excluded(query, without)):
+            base, corrected = self._base(seen), self._corrected(seen)
+            for row in range(len(base)):
+                entry: dict[str, Any] = {
+                    "outputs": self._outputs(base[row], corrected[row], n_outputs),
+                    **first(self._told(seen, row), n_neighbors, order, int(corrected[row].argmax())),
+                    "amount": float(seen.amount[row]),
+                }
+                if query.own is None:
+                    before = self.decoded(query.inputs[len(entries)][-BEFORE:])
+                    entry["context"] = {"before": before.lstrip(UNFINISHED), "token": "…", "after": ""}
+                entries.append(entry)
         return entries
 
     def observed(self, query: Query) -> Observed:
@@ -176,8 +191,7 @@ class TextService(Service):
             raise InvalidInput("a text says itself which token comes next; send inputs alone")
         if carried.pop("snippets", None) is not None:
             raise InvalidInput("snippets are made of the texts; leave them out")
-        with self.writing:
-            return self._appended(query.inputs, {name: value for name, value in carried.items() if value is not None})
+        return self._appended(query.inputs, {name: value for name, value in carried.items() if value is not None})
 
     def prepare(self) -> None:
         self.lm.prepare()
@@ -216,7 +230,7 @@ class TextService(Service):
         told = self.decoded(before).rstrip(UNFINISHED)
         marked = self.decoded([*before, *here]).removeprefix(told)
         rest = self.decoded([*before, *here, *after]).removeprefix(told + marked)
-        return {"before": told.lstrip(UNFINISHED), "token": marked, "after": rest.rstrip(UNFINISHED)}
+        return {"before": told.lstrip(UNFINISHED), "token": marked or token, "after": rest.rstrip(UNFINISHED)}
 
     def survey(self, progress: Callable[[float], None]) -> Survey | None:
         return None
@@ -236,37 +250,46 @@ class TextService(Service):
         """Tokens that are read at once."""
         return min(self.lm.watch.longest or MOST_READ, MOST_READ)
 
-    def _seen(self, keys: Tensor, logits: Tensor, exclude: ById | None) -> Seen:
-        with torch.inference_mode():
-            seen = self.lm.seen(logits, keys, always=True, exclude=exclude)
-        assert seen is not None
-        return seen
+    def _seen(self, keys: Tensor, logits: Tensor, exclude: ById | None) -> Iterator[tuple[slice, Seen]]:
+        """What the memory says, some queries at a time."""
+        below = self.lm.setting.search_below
+        for here in self.lm.blocks(len(keys)):
+            with torch.inference_mode():
+                seen = self.lm.seen(logits[here], keys[here], always=True, exclude=_part(exclude, here))
+            assert seen is not None
+            if below < 1:  # where the base is sure of itself, its answer stands
+                seen = replace(seen, amount=np.where(seen.cues["confidence"] < below, seen.amount, 0))
+            yield here, seen
 
     def _answer(self, query: Query) -> Answer:
-        seen = self._seen(*self._keys_and_logits(query), excluded(query, ()))
-        return Answer(seen.base.numpy(), self._corrected(seen).numpy())
+        found = [
+            (self._base(seen), self._corrected(seen))
+            for _, seen in self._seen(*self._keys_and_logits(query), excluded(query, ()))
+        ]
+        base, corrected = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return Answer(base, corrected)
 
-    @staticmethod
-    def _corrected(seen: Seen) -> Tensor:
-        """Whole corrected distributions; the base's where no memory contributes."""
-        corrected = seen.base.clone()
+    def _base(self, seen: Seen) -> Tensor:
+        """The base's distributions, as wide as the memory's."""
+        return functional.pad(seen.base, (0, self.memory.layout.n_outputs - seen.base.shape[1]))
+
+    def _corrected(self, seen: Seen) -> Tensor:
+        """Corrected distributions; the base's where no memory contributes."""
+        corrected = self._base(seen)
         for rows in seen.changed():
             scores = seen.corrected(rows)
-            if scores.shape[1] > corrected.shape[1]:
-                corrected = torch.nn.functional.pad(corrected, (0, scores.shape[1] - corrected.shape[1]))
             corrected[rows, : scores.shape[1]] = scores
         return corrected
 
     def _outputs(self, base: Tensor, corrected: Tensor, n: int) -> list[dict[str, Any]]:
-        width = len(corrected)
-        before = torch.nn.functional.pad(base, (0, width - len(base)))
-        chosen = torch.maximum(before, corrected).topk(min(n, width)).indices
+        """The tokens that matter before or after the correction, the likeliest first."""
+        chosen = torch.maximum(base, corrected).topk(min(n, len(base))).indices
         chosen = chosen[corrected[chosen].argsort(descending=True, stable=True)]
         return [
             {
                 "output": place,
                 "name": self.name_of(place),
-                "base": float(before[place]),
+                "base": float(base[place]),
                 "corrected": float(corrected[place]),
             }
             for place in chosen.tolist()
@@ -300,8 +323,6 @@ class TextService(Service):
 
     def _appended(self, texts: Sequence[Int64[ndarray, " t"]], carried: dict[str, Any]) -> Shaped[ndarray, " b"]:
         """All tokens of the texts that have one before them, in one change of the memory."""
-        snapshot = self.memory.snapshot
-        m = snapshot.manifest.top_m
         windows = [
             window
             for number, tokens in enumerate(texts)
@@ -310,21 +331,28 @@ class TextService(Service):
         batches = list(self.lm.watch.batches(windows))
         if not batches:
             return np.zeros(0, np.int64)
+        m = self.memory.snapshot.manifest.top_m
         logs = [batch.logits.float().log_softmax(1) for batch in batches]
+        said = joined_predictions([some.exp().cpu().numpy() if m is None else top_m_of(some, m) for some in logs])
         documents = np.concatenate([batch.documents for batch in batches])
         places = np.concatenate([batch.offsets for batch in batches])
-        groups = snapshot.all_groups
-        return self.memory.append(
-            np.concatenate([stored_keys(batch.keys, self.memory) for batch in batches]),
-            np.concatenate([batch.labels.cpu().numpy() for batch in batches]),
-            joined_predictions([some.exp().cpu().numpy() if m is None else top_m_of(some, m) for some in logs]),
-            groups=None if groups is None else groups.max(initial=-1) + 1 + documents,
-            snippets=[
-                self.decoded(texts[number][max(0, place - BEFORE) : place + 1])
-                for number, place in zip(documents, places, strict=True)
-            ],
-            **carried,
-        )
+        with self.writing:
+            groups = self.memory.snapshot.all_groups
+            return self.memory.append(
+                np.concatenate([stored_keys(batch.keys, self.memory) for batch in batches]),
+                np.concatenate([batch.labels.cpu().numpy() for batch in batches]),
+                said,
+                groups=None if groups is None else groups.max(initial=-1) + 1 + documents,
+                snippets=[
+                    self.decoded(texts[number][max(0, place - BEFORE) : place + 1]).lstrip(UNFINISHED)
+                    for number, place in zip(documents, places, strict=True)
+                ],
+                **carried,
+            )
+
+
+def _part(exclude: ById | None, here: slice) -> ById | None:
+    return None if exclude is None else ById(np.asarray(exclude.ids)[here])
 
 
 def text_service(
@@ -373,6 +401,6 @@ def _check_fits(stream: Stream, memory: Memory) -> None:
     fits = stream.holds(ids, labels) if ids.dtype.kind in "iu" else np.zeros(len(rows), bool)
     if len(rows) and fits.mean() <= 0.5:
         raise InvalidInput(
-            f"the text has the memory's token at {fits.sum():,} of {len(rows):,} places; give the text that the memory was "
-            "built from, or none"
+            f"the text has the memory's token at {fits.sum():,} of {len(rows):,} places; give the text that the memory "
+            "comes from, or none"
         )
