@@ -87,7 +87,7 @@ class Sampling:
     def __call__(self, logits: Tensor) -> int:
         if self.temperature == 0:
             return int(logits.argmax())
-        shares = (logits / self.temperature).softmax(0)
+        shares = ((logits - logits.max()).double() / self.temperature).softmax(0)  # finite, however cold
         if self.top_p < 1:
             ordered, order = shares.sort(descending=True)
             kept = ordered.cumsum(0) - ordered < self.top_p
@@ -214,6 +214,7 @@ class Continuation:
         elif self._wanted.echo:
             yield Chunk(self._service.decoded(tokens))
         text = Text(self._service, tokens, len(self._service.decoded(tokens)), self._stops)
+        end: tuple[int, Tensor] | None = None
         for _ in range(limit):
             if n_read < len(tokens):
                 logits, past = self._logits(tokens[n_read if past else 0 :], past, 1)
@@ -222,7 +223,7 @@ class Continuation:
             token = self._choose(logits[-1])
             self.n_made += 1
             if token in self._service.ends:
-                self.finish = "stop"
+                self.finish, end = "stop", (token, logits[-1])
                 break
             yield text.add(self._said(token, text.end, logits[-1]))
             if text.stopped:
@@ -230,6 +231,8 @@ class Continuation:
                 break
             tokens.append(token)
         yield text.rest()
+        if end is not None:  # it has no text, but a probability
+            yield Chunk("", (self._said(end[0], text.end, end[1]),))
 
     def _logits(self, tokens: Sequence[int], past: dict[str, Any], n: int) -> tuple[Tensor, dict[str, Any]]:
         """Logits with the memory [n v] of the last n of these tokens, and the cache of a model that has one."""
