@@ -10,7 +10,6 @@ from typing import Annotated, Any, cast
 import numpy as np
 import typer
 from numpy import ndarray
-from rich.table import Table
 
 from residual_memory import evaluation, tuning
 from residual_memory.cli import options
@@ -39,7 +38,6 @@ from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import METRICS, Evaluation, Setting
 from residual_memory.indexes.registry import check_index
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
-from residual_memory.metrics import Estimate
 from residual_memory.progress import progress_bar
 from residual_memory.validation import as_count, as_positive
 
@@ -229,40 +227,15 @@ def _report_evaluation(
             "verdict": result.verdict,
             "setting": setting.to_dict(),
         },
-        _comparison(result),
+        table(result.table[0], result.table[1:], numbers=result.table[0][1:]),
         "",
         result.verdict,
-        _setting_line(setting),
+        f"setting: {setting.text}",
         *([kept] if kept else []),
         as_json=as_json,
     )
     if not result.helps:
         raise typer.Exit(1)
-
-
-def _comparison(result: Evaluation) -> Table:
-    def cells(name: str, figure: Estimate) -> tuple[str, str, str]:
-        if result.metric == "accuracy":
-            low, high = max(figure.low, 0.0), min(figure.high, 1.0)  # the normal interval knows no ends
-            return name, f"{100 * figure.value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
-        return name, f"{figure.value:.4g}", f"{figure.low:.4g} to {figure.high:.4g}"
-
-    names = {"accuracy": "accuracy", "log_loss": "log-loss, nats", "rmse": "RMSE"}
-    figures = [("base", result.base), ("memory only", result.memory_only), ("corrected", result.corrected)]
-    header = ("", names[result.metric], "95 % interval")
-    return table(header, [cells(name, figure) for name, figure in figures], numbers=header[1:])
-
-
-def _setting_line(setting: Setting) -> str:
-    if not setting.shrinkage:
-        return "setting: shrinkage 0, so predictions stay the base's"
-    sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
-    more = f", residual share {setting.residual_share:g}" if setting.residual_share != 1 else ""
-    return (
-        f"setting: k {setting.n_neighbors}, bandwidth {sigma}{' of the k-th distance' if setting.local else ''}, "
-        f"temperature {setting.temperature:g}, shrinkage {setting.shrinkage:g}{more}, kernel {setting.kernel}"
-        f"{', gated' if setting.gate else ''}"
-    )
 
 
 # ---------------------------------------------------------------------- bench

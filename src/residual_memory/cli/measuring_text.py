@@ -13,7 +13,6 @@ from residual_memory.errors import InvalidInput
 from residual_memory.kernels import kernel_named
 from residual_memory.language import LanguageSetting, LanguageTuning, TokenScores
 from residual_memory.memory import Memory
-from residual_memory.metrics import Estimate, mean_interval
 from residual_memory.windows import TextFile, Windows
 
 
@@ -98,7 +97,7 @@ def _saved_setting(memory: Memory, changes: Mapping[str, Any]) -> LanguageSettin
 
 
 def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept: str, as_json: bool) -> None:
-    figures = {"base": _perplexity(result.base), "corrected": _perplexity(result.corrected)}
+    figures = result.perplexities
     report(
         {
             "memory": memory.path,
@@ -115,14 +114,10 @@ def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept:
             "constant": result.constant.to_dict(),
             "knn_lm": result.knn_lm.to_dict(),
         },
-        table(
-            ("", "perplexity", "95 % interval"),
-            [(name, f"{e.value:.4g}", f"{e.low:.4g} to {e.high:.4g}") for name, e in figures.items()],
-            numbers=("perplexity", "95 % interval"),
-        ),
+        table(result.table[0], result.table[1:], numbers=result.table[0][1:]),
         "",
         result.verdict,
-        _setting_line(result.best),
+        f"setting: {result.best.text}",
         kept,
         as_json=as_json,
     )
@@ -133,16 +128,14 @@ def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept:
 def _report_scores(
     memory: Memory, file: TextFile, scores: TokenScores, windows: Windows, setting: LanguageSetting, as_json: bool
 ) -> None:
-    hits = {"base": scores.base_hit, "memory_only": scores.memory_hit, "corrected": scores.corrected_hit}
-    accuracy = {name: mean_interval(hit.astype(float), scores.documents) for name, hit in hits.items()}
-    summary = scores.summary()
+    accuracy = scores.accuracies
     context = windows.length - windows.stride
     report(
         {
             "memory": memory.path,
             "data": file.path,
             "metric": "accuracy",
-            **summary,
+            **scores.summary(),
             **{f"{name}_{end}": getattr(figure, end) for name, figure in accuracy.items() for end in ("low", "high")},
             "length": windows.length,
             "stride": windows.stride,
@@ -150,35 +143,13 @@ def _report_scores(
             "verdict": scores.verdict,
             "setting": setting.to_dict(),
         },
-        table(
-            ("", "accuracy", "95 % interval", "perplexity"),
-            [_row(name, figure, summary.get(f"perplexity_{name}")) for name, figure in accuracy.items()],
-            numbers=("accuracy", "95 % interval", "perplexity"),
-        ),
+        table(scores.table[0], scores.table[1:], numbers=scores.table[0][1:]),
         "",
         scores.verdict,
         f"{len(scores):,} tokens in windows of {windows.length:,}, stride {windows.stride:,}"
         + (f", at least {context:,} tokens of context" if context else ""),
-        _setting_line(setting),
+        f"setting: {setting.text}",
         as_json=as_json,
     )
     if not scores.helps:
         raise typer.Exit(1)
-
-
-def _row(name: str, figure: Estimate, perplexity: float | None) -> tuple[str, str, str, str]:
-    low, high = max(figure.low, 0.0), min(figure.high, 1.0)  # the normal interval knows no ends
-    interval = f"{100 * low:.1f} to {100 * high:.1f}"
-    return name.replace("_", " "), f"{100 * figure.value:.1f} %", interval, f"{perplexity:.4g}" if perplexity else ""
-
-
-def _perplexity(loss: Estimate) -> Estimate:
-    return Estimate(*(float(np.exp(end)) for end in (loss.value, loss.low, loss.high)))
-
-
-def _setting_line(setting: LanguageSetting) -> str:
-    if setting.gate is None and not setting.shrinkage:
-        return "setting: shrinkage 0, so predictions stay the base's"
-    sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
-    trust = "a gate by token" if setting.gate else f"shrinkage {setting.shrinkage:g}"
-    return f"setting: k {setting.n_neighbors}, bandwidth {sigma}, kernel {setting.kernel}, {trust}"
