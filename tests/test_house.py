@@ -23,7 +23,8 @@ LAYERS = [
     {"correction", "metric_learning"},
     {"explanation", "evaluation", "language", "planning"},
     {"tuning", "privacy"},
-    {"models", "theory", "figures", "exchange", "client", "survey"},
+    {"models", "theory", "figures", "exchange", "client", "survey", "examples"},
+    {"reports"},
     {"demo", "selftest", "shrinking", "testing"},
     {"server"},
     {"cli"},
@@ -35,7 +36,7 @@ FORBIDDEN = {
     "indexes": ROOMS - {"errors", "types", "machine", "cluster", "indexes"},
     "memory": {"kernels", "metrics"},
     "exchange": ROOMS - {"errors", "types", "_version", "progress", "validation", "memory", "exchange"},
-    "figures": ROOMS - {"errors", "figures"},
+    "figures": ROOMS - {"errors", "display", "figures"},
 }
 
 

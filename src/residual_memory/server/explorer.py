@@ -15,12 +15,12 @@ from numpy import ndarray
 from starlette.concurrency import run_in_threadpool
 
 from residual_memory.errors import InvalidInput, UnknownId
+from residual_memory.examples import Examples
 from residual_memory.metrics import binned_calibration
 from residual_memory.server import asked
 from residual_memory.server.answering import as_json, body_of, described, needs
 from residual_memory.server.atlas import Atlas, atlas
 from residual_memory.server.background import Background
-from residual_memory.server.examples import Examples
 from residual_memory.server.service import ArrayService, Service
 from residual_memory.survey import Survey
 
