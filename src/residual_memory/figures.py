@@ -212,6 +212,8 @@ def _tag_for_pages(found: re.Match[str]) -> str:
     """A tag, never a name that a figure shows, with the page's ink and letters."""
     tag = re.sub(r' id="[a-z0-9.]+_\d+"', "", found[0])  # several figures on a page would repeat them
     tag = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", tag)
+    for name, colour in (("base", BASE), ("corrected", CORRECTED), ("loss", LOSS)):
+        tag = tag.replace(colour, f"var(--{name}, {colour})")  # a page may have colours of its own
     return tag.replace("#000000", "currentColor").replace("<svg ", '<svg fill="currentColor" role="img" ')
 
 

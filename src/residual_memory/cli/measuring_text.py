@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
 
 from residual_memory.cli.output import note, report, table
+from residual_memory.cli.reporting import CROSS_FITTED, provenance
 from residual_memory.cli.text import TextReading, reading
 from residual_memory.errors import InvalidInput
 from residual_memory.kernels import kernel_named
@@ -23,6 +25,7 @@ def tune_text(
     kernels: Sequence[str] | None,
     index: str,
     save: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Choose the setting on a held-out text; exits with 1 where there is no gain."""
@@ -38,11 +41,22 @@ def tune_text(
         result = tune_language(lm, windows, batch_size=text.batch_size, **options)
     if save:
         memory.save_setting(result.best.to_dict())
-    _report_tuning(memory, file, result, f"saved with {memory.path}" if save else "not saved", as_json)
+    if out is not None:
+        from residual_memory.reports.language import language_tuning_report
+
+        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", result.best.text))
+        language_tuning_report(result, facts, (CROSS_FITTED,)).write(out)
+    _report_tuning(memory, file, result, f"saved with {memory.path}" if save else "not saved", out, as_json)
 
 
 def evaluate_text(
-    memory: Memory, file: TextFile, text: TextReading, changes: Mapping[str, Any], index: str, as_json: bool
+    memory: Memory,
+    file: TextFile,
+    text: TextReading,
+    changes: Mapping[str, Any],
+    index: str,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure the saved setting, with changes, on a text; exits with 1 where there is no gain."""
     setting = _saved_setting(memory, changes)
@@ -54,7 +68,13 @@ def evaluate_text(
             f"what was read of {file.path} is one document, from which no interval follows; "
             "put a blank line between documents, or read more of them"
         )
-    _report_scores(memory, file, scores, windows, setting, as_json)
+    if out is not None:
+        from residual_memory.reports.language import token_report
+
+        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", setting.text))
+        told = ("windows", f"{windows.length:,} tokens, stride {windows.stride:,}")
+        token_report(scores, facts=(*facts, told)).write(out)
+    _report_scores(memory, file, scores, windows, setting, out, as_json)
 
 
 def _opened(
@@ -96,7 +116,9 @@ def _saved_setting(memory: Memory, changes: Mapping[str, Any]) -> LanguageSettin
     return replace(setting, **changes)
 
 
-def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept: str, as_json: bool) -> None:
+def _report_tuning(
+    memory: Memory, file: TextFile, result: LanguageTuning, kept: str, out: Path | None, as_json: bool
+) -> None:
     figures = result.perplexities
     report(
         {
@@ -113,12 +135,14 @@ def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept:
             "setting": result.best.to_dict(),
             "constant": result.constant.to_dict(),
             "knn_lm": result.knn_lm.to_dict(),
+            "report": out,
         },
         table(result.table[0], result.table[1:], numbers=result.table[0][1:]),
         "",
         result.verdict,
         f"setting: {result.best.text}",
         kept,
+        *([f"report: {out}"] if out else []),
         as_json=as_json,
     )
     if not result.helps:
@@ -126,7 +150,13 @@ def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept:
 
 
 def _report_scores(
-    memory: Memory, file: TextFile, scores: TokenScores, windows: Windows, setting: LanguageSetting, as_json: bool
+    memory: Memory,
+    file: TextFile,
+    scores: TokenScores,
+    windows: Windows,
+    setting: LanguageSetting,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     accuracy = scores.accuracies
     context = windows.length - windows.stride
@@ -142,6 +172,7 @@ def _report_scores(
             "helps": scores.helps,
             "verdict": scores.verdict,
             "setting": setting.to_dict(),
+            "report": out,
         },
         table(scores.table[0], scores.table[1:], numbers=scores.table[0][1:]),
         "",
@@ -149,6 +180,7 @@ def _report_scores(
         f"{len(scores):,} tokens in windows of {windows.length:,}, stride {windows.stride:,}"
         + (f", at least {context:,} tokens of context" if context else ""),
         f"setting: {setting.text}",
+        *([f"report: {out}"] if out else []),
         as_json=as_json,
     )
     if not scores.helps:

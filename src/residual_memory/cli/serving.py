@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from residual_memory.cli import options
-from residual_memory.cli.data import open_data
+from residual_memory.cli.data import examples_at
 from residual_memory.cli.loading import load_model
 from residual_memory.cli.options import OUTPUTS, ImageSize, Index, MemoryPath, Model, Outputs, chosen
 from residual_memory.cli.output import note
 from residual_memory.errors import InvalidInput, MemoryLocked
-from residual_memory.exchange import Rows
 from residual_memory.indexes.registry import check_index
 from residual_memory.memory import Memory
 
@@ -73,7 +72,7 @@ def serve(
             index=index,
             max_weight=max_weight,
             hosts=(*HOSTS, *(allow_host or ()), *([host] if host not in ("0.0.0.0", "::") else ())),
-            examples=_examples(data, memory, image_size),
+            examples=None if data is None else examples_at("--data", data, memory, image_size),
         )
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonLines())
@@ -98,15 +97,6 @@ def _model(reference: str | None, memory: Memory, outputs: str) -> Any:
 
     kind = chosen("--outputs", outputs, OUTPUTS)
     return ResMemModule(load_model(reference), memory, outputs=kind)  # type: ignore[arg-type]
-
-
-def _examples(data: str | None, memory: Memory, image_size: int | None) -> Any:
-    if data is None:
-        return None
-    found = open_data(data, image_size=image_size, class_names=memory.class_names)
-    if isinstance(found, Rows):
-        raise InvalidInput(f"--data is {data}, which holds keys and no examples; name the images that they come from")
-    return found
 
 
 def _tokens(path: Path) -> dict[str, list[Any]]:
