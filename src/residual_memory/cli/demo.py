@@ -6,10 +6,11 @@ import typer
 
 from residual_memory.cli.options import Json
 from residual_memory.cli.output import note, report
-from residual_memory.cli.reporting import Out, check_out
+from residual_memory.cli.reporting import Out, check_out, provenance
 
 
 def demo(
+    context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="A slice of the data, in seconds.")] = False,
     out: Out = None,
     as_json: Json = False,
@@ -21,7 +22,7 @@ def demo(
     check_out(out)
     from residual_memory.demo.run import run_demo
 
-    result = run_demo(out=out, quick=quick, progress=True, say=note)
+    result = run_demo(out=out, quick=quick, progress=True, say=note, facts=provenance(context.obj, "CIFAR-100"))
     report(result.to_dict(), *result.text.splitlines(), as_json=as_json)
     if not result.helps:
         raise typer.Exit(1)

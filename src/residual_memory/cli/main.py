@@ -146,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     with _warnings_as_notes():
         try:
-            code = command.main(arguments or ["--help"], prog_name="resmem", standalone_mode=False)
+            code = command.main(arguments or ["--help"], prog_name="resmem", standalone_mode=False, obj=arguments)
             if code == INTERRUPTED:
                 return _interrupted()
             return int(code or 0) if arguments else USAGE

@@ -26,12 +26,13 @@ def tune_text(
     index: str,
     save: bool,
     out: Path | None,
+    words: Sequence[str],
     as_json: bool,
 ) -> None:
     """Choose the setting on a held-out text; exits with 1 where there is no gain."""
     for kernel in kernels or ():
         kernel_named(kernel)
-    lm, windows = _opened(memory, file, text, index, LanguageSetting())
+    lm, windows, warned = _opened(memory, file, text, index, LanguageSetting())
     from residual_memory.models.transformers import tune_language
 
     options: dict[str, Any] = {} if text.limit is None else {"limit": text.limit}
@@ -44,8 +45,8 @@ def tune_text(
     if out is not None:
         from residual_memory.reports.language import language_tuning_report
 
-        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", result.best.text))
-        language_tuning_report(result, facts, (CROSS_FITTED,)).write(out)
+        facts = (*provenance(words, str(file.path)), ("memory", repr(memory)), ("setting", result.best.text))
+        language_tuning_report(result, facts, (CROSS_FITTED, *warned)).write(out)
     _report_tuning(memory, file, result, f"saved with {memory.path}" if save else "not saved", out, as_json)
 
 
@@ -56,11 +57,12 @@ def evaluate_text(
     changes: Mapping[str, Any],
     index: str,
     out: Path | None,
+    words: Sequence[str],
     as_json: bool,
 ) -> None:
     """Measure the saved setting, with changes, on a text; exits with 1 where there is no gain."""
     setting = _saved_setting(memory, changes)
-    lm, windows = _opened(memory, file, text, index, setting)
+    lm, windows, warned = _opened(memory, file, text, index, setting)
     with reading(file):
         scores = lm.score(windows, limit=text.limit, batch_size=text.batch_size)
     if len(np.unique(scores.documents)) < 2:
@@ -71,16 +73,16 @@ def evaluate_text(
     if out is not None:
         from residual_memory.reports.language import token_report
 
-        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", setting.text))
+        facts = (*provenance(words, str(file.path)), ("memory", repr(memory)), ("setting", setting.text))
         told = ("windows", f"{windows.length:,} tokens, stride {windows.stride:,}")
-        token_report(scores, facts=(*facts, told)).write(out)
+        token_report(scores, facts=(*facts, told), notes=warned).write(out)
     _report_scores(memory, file, scores, windows, setting, out, as_json)
 
 
 def _opened(
     memory: Memory, file: TextFile, text: TextReading, index: str, setting: LanguageSetting
-) -> tuple[Any, Windows]:
-    """The model with the memory, and the text in windows that it can read."""
+) -> tuple[Any, Windows, tuple[str, ...]]:
+    """The model with the memory, the text in windows that it can read, and what a reader is to be warned of."""
     if memory.source is None:
         raise InvalidInput(
             f"the memory at {memory.path} was filled from arrays and does not say which layer its keys come from; "
@@ -91,20 +93,22 @@ def _opened(
 
     lm = ResMemForCausalLM(model, memory, setting=setting, tokenizer=tokenizer, autocast=text.precision, index=index)
     windows = text.windows(file, lm.watch, tokenizer)
-    _warn_if_held(memory, file, windows)
-    return lm, windows
+    return lm, windows, _warn_if_held(memory, file, windows)
 
 
-def _warn_if_held(memory: Memory, file: TextFile, windows: Windows) -> None:
+def _warn_if_held(memory: Memory, file: TextFile, windows: Windows) -> tuple[str, ...]:
     from residual_memory.models.watching import digest_of
 
     with reading(file):
         first = next(iter(windows), None)
-    if first is not None and memory.source and memory.source["data"].get("first_item") == digest_of(first):
-        note(
-            f"warning: {file.path} begins as the text that the memory was built from, so the figures are too good; "
-            "use text that it was not built from"
-        )
+    if first is None or not memory.source or memory.source["data"].get("first_item") != digest_of(first):
+        return ()
+    warning = (
+        f"{file.path} begins as the text that the memory was built from, so the figures are too good; "
+        "use text that it was not built from"
+    )
+    note(f"warning: {warning}")
+    return (f"Warning: {warning}.",)
 
 
 def _saved_setting(memory: Memory, changes: Mapping[str, Any]) -> LanguageSetting:

@@ -4,8 +4,8 @@ import datetime
 import platform
 import shlex
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,12 +56,17 @@ def check_out(out: Path | None) -> None:
     import residual_memory.reports.page  # noqa: F401  says what is missing
 
 
-def provenance(data: str) -> tuple[tuple[str, str], ...]:
-    """Where the figures come from: data, command, commit of the directory, machine and time."""
+def provenance(words: Sequence[str], data: str) -> tuple[tuple[str, str], ...]:
+    """Where the figures come from: data, command, commit of the directory, machine and time.
+
+    Parameters
+    ----------
+    words : of the command line, as `main` keeps them in the context.
+    """
     commit = _commit()
     return (
         ("data", data),
-        ("command", shlex.join(["resmem", *sys.argv[1:]])),
+        ("command", shlex.join(["resmem", *words])),
         *((("commit", commit),) if commit else ()),
         ("machine", f"{platform.machine()}, Python {platform.python_version()}"),
         ("made", datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")),

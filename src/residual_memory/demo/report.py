@@ -1,5 +1,6 @@
 """The report of a demo run: the table, the roses, where the gain comes from, reliability before and after."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,12 @@ PUT_RIGHT = (
 PUT_WRONG = "Test images that the network had right until the memory spoke. They count in the gain."
 
 
-def write_report(result: "DemoResult", images: tuple[Cifar100, Cifar100] | None, path: Path) -> None:
+def write_report(
+    result: "DemoResult",
+    images: tuple[Cifar100, Cifar100] | None,
+    path: Path,
+    facts: Sequence[tuple[str, str]] = (),
+) -> None:
     """Write the report of a demo run.
 
     Parameters
@@ -32,6 +38,7 @@ def write_report(result: "DemoResult", images: tuple[Cifar100, Cifar100] | None,
     result : of `run_demo`.
     images : training and test split, for the pictures; None leaves the roses out.
     path : the HTML file.
+    facts : names and values that are told beside the settings.
 
     Raises
     ------
@@ -58,6 +65,7 @@ def write_report(result: "DemoResult", images: tuple[Cifar100, Cifar100] | None,
         ),
         charts=charts_of(result.seen, last.said, result.class_names),
         facts=(
+            *facts,
             *((f"setting, {row.name} keys", row.setting.text) for row in result.rows),
             *(("go on with", f"resmem info {row.memory}") for row in result.rows if row.memory),
         ),

@@ -5,7 +5,7 @@ setting is best; the network that was trained on all 50,000 uses it.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,14 @@ class DemoResult:
         return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
 
 
-def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = True, say: Say = print) -> DemoResult:
+def run_demo(
+    *,
+    out: Path | None = None,
+    quick: bool = False,
+    progress: bool = True,
+    say: Say = print,
+    facts: Sequence[tuple[str, str]] = (),
+) -> DemoResult:
     """Build, tune and measure a memory for the shipped ResNet-8, and write the report.
 
     Parameters
@@ -181,6 +188,7 @@ def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = T
     quick : work from the keys that ship with the package even where the images are.
     progress : show progress bars.
     say : called with a line on each step.
+    facts : names and values for the report: the command, …
 
     Raises
     ------
@@ -196,7 +204,7 @@ def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = T
     if out is not None:
         from residual_memory.demo.report import write_report
 
-        write_report(result, images, out)
+        write_report(result, images, out, facts)
     return replace(result, seconds=time.perf_counter() - started, report=out)
 
 
