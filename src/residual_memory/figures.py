@@ -27,7 +27,7 @@ COLOURS = (BASE, CORRECTED, LOSS, "#c98a1b", "#3f8f5f", "#7a5ba8")
 WIDTH = 4.6  # inches
 LETTERS = 9  # points
 NAME_WIDTH = 36  # characters of a name
-Row = Mapping[str, float]
+Row = Mapping[str, Any]
 
 
 def gain_by_class(names: Sequence[str], base: Sequence[float], corrected: Sequence[float], shown: int = 12) -> Figure:
@@ -53,7 +53,7 @@ def gain_by_class(names: Sequence[str], base: Sequence[float], corrected: Sequen
     return figure
 
 
-def gain_along(bins: Sequence[Row], what: str, *, unit: str = "points", factor: float = 100) -> Figure:
+def gain_along(bins: Sequence[Row], what: str, *, unit: str = "points", factor: float = 100.0) -> Figure:
     """Where a gain comes from: its mean in bins of something, with 95 % intervals.
 
     Parameters
@@ -75,7 +75,7 @@ def gain_along(bins: Sequence[Row], what: str, *, unit: str = "points", factor: 
 
 
 def gain_by_size(
-    curves: Mapping[str, Sequence[Row]], *, at: str = "n", unit: str = "points", factor: float = 100
+    curves: Mapping[str, Sequence[Row]], *, at: str = "n", unit: str = "points", factor: float = 100.0
 ) -> Figure:
     """Gain against the size of the sample or of the memory, with 95 % intervals.
 
@@ -93,7 +93,7 @@ def gain_by_size(
         axes.plot(sizes, gain, color=colour, marker="o", markersize=4, label=_name(name))
         axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log")
-    places = _apart(sorted({row[at] for rows in curves.values() for row in rows}))
+    places = _apart(sorted({float(row[at]) for rows in curves.values() for row in rows}))
     axes.set_xticks(places, [f"{place:,g}" for place in places], rotation=45 if len(places) > 5 else 0)
     axes.minorticks_off()
     axes.axhline(0, color="black", linewidth=0.8)
@@ -127,7 +127,7 @@ def reliability(curves: Mapping[str, Sequence[Row]], errors: Mapping[str, float]
     return figure
 
 
-def risk_coverage(curves: Mapping[str, Sequence[Row]], *, risk: str = "error, %", factor: float = 100) -> Figure:
+def risk_coverage(curves: Mapping[str, Sequence[Row]], *, risk: str = "error, %", factor: float = 100.0) -> Figure:
     """The risk of answering the surest queries alone, against how many those are.
 
     Parameters

@@ -10,7 +10,6 @@ from residual_memory.cli.reporting import Out, check_out, provenance
 
 
 def demo(
-    context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="A slice of the data, in seconds.")] = False,
     out: Out = None,
     as_json: Json = False,
@@ -22,7 +21,7 @@ def demo(
     check_out(out)
     from residual_memory.demo.run import run_demo
 
-    result = run_demo(out=out, quick=quick, progress=True, say=note, facts=provenance(context.obj, "CIFAR-100"))
+    result = run_demo(out=out, quick=quick, progress=True, say=note, facts=provenance("CIFAR-100"))
     report(result.to_dict(), *result.text.splitlines(), as_json=as_json)
     if not result.helps:
         raise typer.Exit(1)

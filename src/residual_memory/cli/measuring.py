@@ -53,7 +53,6 @@ MetricOption = Annotated[
 
 
 def tune(
-    context: typer.Context,
     path: MemoryPath,
     data: Data,
     model: Model = None,
@@ -93,7 +92,7 @@ def tune(
         if (file := text_at(data)) is not None:
             others = {"--metric": metric is not None, "--no-gate": gate is False}
             leave_out(f"{data} is text", {**others, **_not_for_text(outputs, image_size)})
-            tune_text(memory, file, text, kernel, index, save, out, context.obj, as_json)
+            tune_text(memory, file, text, kernel, index, save, out, as_json)
             return
         leave_out(f"{data} is no text", text.given)
         wanted = _metric(metric, memory)
@@ -111,14 +110,13 @@ def tune(
         if out is not None:
             from residual_memory.reports.measured import tuning_report
 
-            facts = provenance(context.obj, data)
+            facts = provenance(data)
             tuning_report(memory, result, result.best, facts=facts, notes=(CROSS_FITTED, *warned)).write(out)
         kept = f"saved with {path}" if save else "not saved"
         _report_evaluation(memory, data, result, result.best, kept, out, as_json)
 
 
 def evaluate(
-    context: typer.Context,
     path: MemoryPath,
     data: Data,
     model: Model = None,
@@ -181,7 +179,7 @@ def evaluate(
         changes["shrinkage"] = 0.0
     given = {name: value for name, value in changes.items() if value is not None}
     if file is not None:
-        evaluate_text(memory, file, text, given, index, out, context.obj, as_json)
+        evaluate_text(memory, file, text, given, index, out, as_json)
         return
     if examples is not None and out is None:
         raise InvalidInput("--examples is for the report; add --out FILE.html, or leave it out")
@@ -205,7 +203,7 @@ def evaluate(
                 groups=rows.groups,
                 examples=of_memory,
                 held_out=rows.examples,
-                facts=provenance(context.obj, data),
+                facts=provenance(data),
                 notes=warned,
             ).write(out)
     _report_evaluation(memory, data, result, setting, None, out, as_json)

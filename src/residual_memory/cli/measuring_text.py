@@ -26,7 +26,6 @@ def tune_text(
     index: str,
     save: bool,
     out: Path | None,
-    words: Sequence[str],
     as_json: bool,
 ) -> None:
     """Choose the setting on a held-out text; exits with 1 where there is no gain."""
@@ -45,7 +44,7 @@ def tune_text(
     if out is not None:
         from residual_memory.reports.language import language_tuning_report
 
-        facts = (*provenance(words, str(file.path)), ("memory", repr(memory)), ("setting", result.best.text))
+        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", result.best.text))
         language_tuning_report(result, facts, (CROSS_FITTED, *warned)).write(out)
     _report_tuning(memory, file, result, f"saved with {memory.path}" if save else "not saved", out, as_json)
 
@@ -57,7 +56,6 @@ def evaluate_text(
     changes: Mapping[str, Any],
     index: str,
     out: Path | None,
-    words: Sequence[str],
     as_json: bool,
 ) -> None:
     """Measure the saved setting, with changes, on a text; exits with 1 where there is no gain."""
@@ -73,7 +71,7 @@ def evaluate_text(
     if out is not None:
         from residual_memory.reports.language import token_report
 
-        facts = (*provenance(words, str(file.path)), ("memory", repr(memory)), ("setting", setting.text))
+        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", setting.text))
         told = ("windows", f"{windows.length:,} tokens, stride {windows.stride:,}")
         token_report(scores, facts=(*facts, told), notes=warned).write(out)
     _report_scores(memory, file, scores, windows, setting, out, as_json)

@@ -5,7 +5,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,7 @@ ShownExamples = Annotated[
         show_default=False,
     ),
 ]
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("COMMAND_LINE", default=())  # what `main` runs
 CROSS_FITTED = (
     "The figures are cross-fitted: no row is measured with a setting that it chose. resmem evaluate --out shows rows "
     "and where the gain comes from, on data that chose nothing."
@@ -56,17 +57,12 @@ def check_out(out: Path | None) -> None:
     import residual_memory.reports.page  # noqa: F401  says what is missing
 
 
-def provenance(words: Sequence[str], data: str) -> tuple[tuple[str, str], ...]:
-    """Where the figures come from: data, command, commit of the directory, machine and time.
-
-    Parameters
-    ----------
-    words : of the command line, as `main` keeps them in the context.
-    """
+def provenance(data: str) -> tuple[tuple[str, str], ...]:
+    """Where the figures come from: data, command, commit of the directory, machine and time."""
     commit = _commit()
     return (
         ("data", data),
-        ("command", shlex.join(["resmem", *words])),
+        ("command", shlex.join(["resmem", *COMMAND_LINE.get()])),
         *((("commit", commit),) if commit else ()),
         ("machine", f"{platform.machine()}, Python {platform.python_version()}"),
         ("made", datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")),

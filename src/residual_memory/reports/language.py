@@ -28,7 +28,7 @@ def token_report(
     )
     _, owner, counts = np.unique(scores.labels, return_inverse=True, return_counts=True)
     bins = gains_by(counts[owner], scores.base_loss - scores.corrected_loss, groups=scores.documents)
-    figure = figures.gain_along(bins, "times that the token stands in this text", unit="nats a token", factor=1)
+    figure = figures.gain_along(bins, "times that the token stands in this text", unit="nats a token", factor=1.0)
     right, wrong = scores.corrected_hit & ~scores.base_hit, scores.base_hit & ~scores.corrected_hit
     return Report(
         title=title,
@@ -36,7 +36,7 @@ def token_report(
         verdict=scores.verdict,
         helps=scores.helps,
         comparisons=(
-            Comparison("", "accuracy, %", accuracies, scores.accuracy_gain, "points", 100),
+            Comparison("", "accuracy, %", accuracies, scores.accuracy_gain, "points", 100.0),
             Comparison("", "log-loss, nats a token", losses, scores.log_loss_gain, "nats"),
         ),
         charts=(Chart("Gain by frequency", "Tokens sorted by how often they stand in this text.", figure),),

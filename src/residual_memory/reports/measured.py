@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PUT_RIGHT, PUT_WRONG, NEAR = 12, 6, 5
+LOOKED_AT, LARGEST_WEIGHT = 200, 0.5
+SPREAD = "Those that one memory alone corrects, often a near-duplicate, come last."
 GAIN_UNITS: dict[Metric, tuple[str, float]] = {
-    "accuracy": ("points", 100),
-    "log_loss": ("nats", 1),
-    "rmse": ("in squared error", 1),
+    "accuracy": ("points", 100.0),
+    "log_loss": ("nats", 1.0),
+    "rmse": ("in squared error", 1.0),
 }
 HELD_OUT = (
     "The figures are those of other data only where these rows neither trained the base nor chose the setting, and are "
@@ -235,12 +237,12 @@ def galleries_of(
     moved = said.corrected.max(axis=1) - said.corrected[np.arange(n), first]
     pairs = rows.labels.astype(np.int64) * rows.predictions.shape[1] + first
     return tuple(
-        Gallery(title, f"{len(changed):,} of {n:,} rows, {text}", told.cases(_varied(changed, moved, pairs, most)))
+        Gallery(title, f"{len(changed):,} of {n:,} rows, {text}", told.cases(_varied(changed, moved, pairs), most))
         for title, text, changed, most in (
-            ("Put right", "here those that moved furthest.", np.flatnonzero(~before & after), PUT_RIGHT),
+            ("Put right", f"here some that moved far. {SPREAD}", np.flatnonzero(~before & after), PUT_RIGHT),
             (
                 "Put wrong",
-                "which the base had right. They count in the gain.",
+                "which the base had right; they count in the gain.",
                 np.flatnonzero(before & ~after),
                 PUT_WRONG,
             ),
@@ -253,23 +255,23 @@ def _of_values(told: "_Telling", gains: Float[ndarray, " q"]) -> tuple[Gallery, 
     order = np.argsort(-gains, kind="stable")
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     return tuple(
-        Gallery(title, f"{count:,} of {len(gains):,} rows, here those that moved furthest.", told.cases(chosen))
-        for title, count, chosen in (
-            ("Brought nearer", better, order[: min(PUT_RIGHT, better)]),
-            ("Taken further away", worse, order[::-1][: min(PUT_WRONG, worse)]),
+        Gallery(title, f"{count:,} of {len(gains):,} rows, here some that moved far. {SPREAD}", told.cases(some, most))
+        for title, count, some, most in (
+            ("Brought nearer", better, order[:better], PUT_RIGHT),
+            ("Taken further away", worse, order[::-1][:worse], PUT_WRONG),
         )
         if count
     )
 
 
 def _varied(
-    rows: Int64[ndarray, " r"], moved: Float[ndarray, " q"], pairs: Int64[ndarray, " q"], most: int
-) -> Int64[ndarray, " m"]:
+    rows: Int64[ndarray, " r"], moved: Float[ndarray, " q"], pairs: Int64[ndarray, " q"]
+) -> Int64[ndarray, " r"]:
     """The rows that moved furthest, first one of each pair of classes and then others."""
     order = rows[np.argsort(-moved[rows], kind="stable")]
     firsts = np.zeros(len(order), bool)
     firsts[np.unique(pairs[order], return_index=True)[1]] = True
-    return np.concatenate([order[firsts], order[~firsts]])[:most]
+    return np.concatenate([order[firsts], order[~firsts]])
 
 
 class _Telling:
@@ -289,11 +291,15 @@ class _Telling:
         self._examples, self._held_out = examples, held_out
         self._knn = setting.knn(memory, index=index)
 
-    def cases(self, chosen: Int64[ndarray, " m"]) -> tuple[Case, ...]:
-        found = self._knn.neighbors(self._rows.keys[chosen])
+    def cases(self, order: Int64[ndarray, " r"], most: int) -> tuple[Case, ...]:
+        """The first rows; those that a single memory corrects, which is often a near-duplicate, come after others."""
+        order = order[:LOOKED_AT]
+        found = self._knn.neighbors(self._rows.keys[order])
+        nearest = np.argsort(-found.weights, axis=1, kind="stable")[:, :NEAR]
+        places = np.argsort(found.weights.max(axis=1) > LARGEST_WEIGHT, kind="stable")[:most]
         return tuple(
-            self._case(int(row), found.ids[place, :NEAR], found.weights[place, :NEAR])
-            for place, row in enumerate(chosen)
+            self._case(int(order[place]), found.ids[place, nearest[place]], found.weights[place, nearest[place]])
+            for place in places
         )
 
     def _case(self, row: int, ids: Shaped[ndarray, " k"], weights: Float[ndarray, " k"]) -> Case:
@@ -308,9 +314,12 @@ class _Telling:
         return Case(self._example(self._held_out, row, self._label(truth)), before, after, scores, near)
 
     def _said_of(self, row: int) -> tuple[str, str, tuple[str, ...]]:
-        base, corrected = self._rows.predictions[row], self._said.corrected[row]
+        base, corrected, support = (
+            some[row] for some in (self._rows.predictions, self._said.corrected, self._said.support)
+        )
         if self._rows.metric == "rmse":
             return self._label(base), self._label(corrected), ()
+        corrected = to_probabilities(corrected[None], support[None])[0]
         before, after = int(base.argmax()), int(corrected.argmax())
         scores = tuple(f"{self._label(label)} {base[label]:.2f} → {corrected[label]:.2f}" for label in (before, after))
         return self._label(before), self._label(after), scores

@@ -57,7 +57,7 @@ class Comparison:
         """What an evaluation found."""
         lines = (("base", found.base), ("memory only", found.memory_only), ("corrected", found.corrected))
         if found.metric == "accuracy":
-            return Comparison(name, "accuracy, %", lines, found.gain, "points", 100)
+            return Comparison(name, "accuracy, %", lines, found.gain, "points", 100.0)
         return Comparison(name, METRIC_NAMES[found.metric], lines, found.gain, UNITS[found.metric])
 
 
@@ -228,7 +228,7 @@ def _ends(part: Estimate) -> tuple[float, float]:
 
 
 def _number(value: float, factor: float, sign: str = "") -> str:
-    return f"{factor * value:{sign}.2f}" if factor == 100 else f"{factor * value:{sign}.4g}"
+    return f"{factor * value:{sign}.2f}" if factor == 100.0 else f"{factor * value:{sign}.4g}"
 
 
 def _as_data(picture: bytes) -> Markup:
