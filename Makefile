@@ -9,7 +9,7 @@ WORKERS ?= 2
 PACKED ?= ../shared/data
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/residual-memory
 
-.PHONY: install data demo test check bench torture docs clean
+.PHONY: install data demo test check bench bench-serve torture docs clean
 
 install: $(READY)
 
@@ -40,6 +40,10 @@ bench: $(READY) data
 	$(BIN)/python -m benchmarks tables
 	$(BIN)/python -m benchmarks durability
 	$(BIN)/python -m benchmarks ray
+
+bench-serve: $(READY)
+	$(BIN)/python -m benchmarks serve
+	$(BIN)/python -m benchmarks fuzz
 
 torture: $(READY)
 	$(BIN)/python -m benchmarks torture
