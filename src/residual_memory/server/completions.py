@@ -29,6 +29,7 @@ from residual_memory.server.text_service import UNFINISHED, TextService
 
 MOST_TOKENS = 4096
 MOST_PROMPTS = 64
+COLDEST = 1e-4  # a temperature below this is 0: logits over it would be too large for single precision
 ROOM = 8192  # tokens of prompt and completion, of a model that names no limit
 TOGETHER = 2  # requests that are worked on at a time: each takes a core
 WAITING = 16  # requests that wait for their turn; more are refused
@@ -85,7 +86,7 @@ class Sampling:
     generator: torch.Generator | None
 
     def __call__(self, logits: Tensor) -> int:
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return int(logits.argmax())
         shares = (logits / self.temperature).softmax(0)
         if self.top_p < 1:
