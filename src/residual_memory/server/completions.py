@@ -92,6 +92,7 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = shares.sort(descending=True)
             kept = ordered.cumsum(0) - ordered < self.top_p
+            kept[0] = True  # though top_p may be 0 in single precision
             shares = torch.zeros_like(shares).scatter(0, order[kept], ordered[kept])
         return int(torch.multinomial(shares, 1, generator=self.generator))
 
