@@ -434,7 +434,7 @@ def completing(service: TextService, name: str) -> APIRouter:
         check(model)
         return as_json(card)
 
-    @router.post("/completions", **described("Text that goes on.", Completion))
+    @router.post("/completions", **described("Text that goes on.", Completion, others=["text/event-stream"]))
     async def completions(request: Request) -> Response:
         needs(request, "predict")
         wanted = await body_of(request, Completion)
