@@ -47,9 +47,10 @@ bench: $(READY) data
 	$(BIN)/python -m benchmarks durability
 	$(BIN)/python -m benchmarks ray
 
-# Load, overload and clients that do harm, beside a plain server: about 4 minutes.
+# Load, overload and clients that do harm, beside a plain server; then 10,000 malformed requests.
 bench-serve: $(READY)
 	$(BIN)/python -m benchmarks serve
+	$(BIN)/python -m benchmarks fuzz
 
 torture: $(READY)
 	$(BIN)/python -m benchmarks torture
