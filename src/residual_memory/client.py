@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -124,6 +124,7 @@ class Client:
         without: Sequence[int | str] = (),
         neighbors: int = 10,
         outputs: int = 5,
+        order: Literal["distance", "share", "answer"] = "distance",
     ) -> list[dict[str, Any]]:
         """Of each query base and corrected `outputs`, and the `neighbors` that made the difference.
 
@@ -132,12 +133,15 @@ class Client:
         keys, predictions, inputs, ids : as in `predict`.
         without : rows that are passed over this once, as if they were forgotten.
         neighbors, outputs : how many are listed.
+        order : of the memories, the nearest first, those with the largest share of the correction, or those whose
+            label is the corrected answer.
         """
         body = {
             **_queries(keys, predictions, inputs, ids),
             "without": list(without),
             "neighbors": neighbors,
             "outputs": outputs,
+            "order": order,
         }
         return self._post("/explain", body)["queries"]
 

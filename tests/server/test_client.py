@@ -69,7 +69,7 @@ def test_errors_are_those_of_the_library(client: rm.Client, tmp_path: Path) -> N
 def test_a_wrong_token_and_no_server_are_failures_of_the_server(address: Address) -> None:
     with rm.Client(address.url, "not-the-token-at-all") as client, pytest.raises(rm.errors.ServerFailure, match="401"):
         client.info()
-    with rm.Client("http://127.0.0.1:9", TOKEN, timeout=2) as client:
+    with rm.Client("http://127.0.0.1:9", TOKEN, timeout=2.0) as client:
         assert not client.health()
         with pytest.raises(rm.errors.ServerFailure, match="does not answer"):
             client.info()

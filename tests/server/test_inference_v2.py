@@ -94,11 +94,20 @@ def served() -> Iterator[tuple[Address, Memory]]:
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritons_client_works_unchanged(served: tuple[Address, Memory], binary: bool) -> None:
     http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
+    utils = pytest.importorskip("tritonclient.utils", reason="tritonclient is not installed")
     address, memory = served
+
+    def bearer() -> dict[str, str]:
+        """Afresh, as the client adds to what it is given."""
+        return dict(BEARER)
+
     triton = http.InferenceServerClient(f"{address.host}:{address.port}")
-    assert triton.is_server_live(headers=BEARER)
-    assert triton.is_model_ready("memory", headers=BEARER)
-    assert triton.get_model_metadata("memory", headers=BEARER)["platform"] == "residual-memory"
+    assert triton.is_server_live(headers=bearer())
+    assert triton.is_server_ready(headers=bearer())
+    assert triton.is_model_ready("memory", headers=bearer())
+    assert not triton.is_model_ready("other", headers=bearer())
+    assert triton.get_server_metadata(headers=bearer())["name"] == "residual-memory"
+    assert triton.get_model_metadata("memory", "1", headers=bearer())["platform"] == "residual-memory"
     asked = queries(2)
     inputs = []
     for name in ("keys", "predictions"):
@@ -107,10 +116,12 @@ def test_tritons_client_works_unchanged(served: tuple[Address, Memory], binary: 
         tensor.set_data_from_numpy(values, binary_data=binary)
         inputs.append(tensor)
     wanted = [http.InferRequestedOutput(name, binary_data=binary) for name in ("corrected", "neighbor_ids")]
-    found = triton.infer("memory", inputs, outputs=wanted, request_id="42", headers=BEARER)
+    found = triton.infer("memory", inputs, outputs=wanted, request_id="42", headers=bearer())
     np.testing.assert_allclose(found.as_numpy("corrected"), expected(memory), atol=1e-6)
     assert found.as_numpy("neighbor_ids").shape == (2, 50)
     assert found.get_response()["id"] == "42"
-    everything = triton.infer("memory", inputs, headers=BEARER)
+    everything = triton.infer("memory", inputs, headers=bearer())
     np.testing.assert_allclose(everything.as_numpy("corrected"), expected(memory), atol=1e-6)
+    with pytest.raises(utils.InferenceServerException, match="there is no output 'secrets'"):
+        triton.infer("memory", inputs, outputs=[http.InferRequestedOutput("secrets")], headers=bearer())
     triton.close()

@@ -1,6 +1,5 @@
 """`resmem serve`: a memory behind HTTP, and the page that explains it."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +78,7 @@ def serve(
     from residual_memory.server import create_app
     from residual_memory.server import serve as run
     from residual_memory.server.access import HOSTS
-    from residual_memory.server.observing import LOG, JsonLines
+    from residual_memory.server.observing import write_log
 
     chosen("--outputs", outputs, OUTPUTS)
     autocast_named(autocast)
@@ -107,10 +106,7 @@ def serve(
             max_weight=max_weight,
             hosts=(*HOSTS, *(allow_host or ()), *([host] if host not in ("0.0.0.0", "::") else ())),
         )
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(JsonLines())
-        LOG.addHandler(handler)
-        LOG.setLevel(logging.INFO)
+        write_log(sys.stderr)
         run(app, host=host, port=port, announce=lambda address: _announce(address, app, tokens))
     finally:
         memory.close()

@@ -22,7 +22,8 @@ from torch import Tensor
 from residual_memory.errors import InvalidInput, ResidualMemoryError, UnknownId
 from residual_memory.models.tokens import LOGIT_BYTES
 from residual_memory.server import asked
-from residual_memory.server.answering import as_json, body_of, described, needs
+from residual_memory.server.answering import as_json, body_of, needs
+from residual_memory.server.openapi import described
 from residual_memory.server.refusals import Overloaded, told
 from residual_memory.server.text_service import UNFINISHED, TextService
 
@@ -310,7 +311,7 @@ class Answer:
                     if part.chunk != Chunk() or part.finish is not None:
                         yield _event({**self._head, "choices": [self._choice(part.index, part.chunk, part.finish)]})
             except ResidualMemoryError as error:
-                yield _event(told(error))
+                yield _event(told(error, "/v1/completions"))
                 return
             if self._wanted.stream_options is not None and self._wanted.stream_options.include_usage:
                 yield _event({**self._head, "choices": [], "usage": self._usage})

@@ -19,10 +19,10 @@ from residual_memory.memory import Memory
 from residual_memory.models.base import joined_predictions
 from residual_memory.models.transformers import ResMemForCausalLM, Seen, stored_keys
 from residual_memory.models.vocabulary import top_m_of
-from residual_memory.server.service import Answer, Names, Query, Service, excluded, own_rows
+from residual_memory.server.service import Answer, Names, Order, Query, Service, excluded, first, own_rows
 from residual_memory.server.service import Seen as Observed
 from residual_memory.sparse import Recalled
-from residual_memory.survey import Survey
+from residual_memory.surveying import Survey
 from residual_memory.windows import Windows
 
 BEFORE, AFTER = 32, 8  # tokens that are shown around one
@@ -151,19 +151,21 @@ class TextService(Service):
         return told
 
     def explain(
-        self, query: Query, *, without: Names = (), n_neighbors: int = 10, n_outputs: int = 5
+        self,
+        query: Query,
+        *,
+        without: Names = (),
+        n_neighbors: int = 10,
+        n_outputs: int = 5,
+        order: Order = "distance",
     ) -> list[dict[str, Any]]:
         entries = list[dict[str, Any]]()
         for _, seen in self._seen(*self._keys_and_logits(query), excluded(query, without)):
             base, corrected = self._base(seen), self._corrected(seen)
             for row in range(len(base)):
-                listed = self._told(seen, row)
-                rest = listed[n_neighbors:]
                 entry: dict[str, Any] = {
                     "outputs": self._outputs(base[row], corrected[row], n_outputs),
-                    "neighbors": listed[:n_neighbors],
-                    "n_more": len(rest),
-                    "share_of_more": sum(entry["share"] for entry in rest),
+                    **first(self._told(seen, row), n_neighbors, order, int(corrected[row].argmax())),
                     "amount": float(seen.amount[row]),
                 }
                 if query.own is None:
