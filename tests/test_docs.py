@@ -37,6 +37,7 @@ NEEDS = {
     "tables": ("sklearn",),
     "language": ("torch", "transformers"),
     "ray": ("torch",),
+    "serving": ("fastapi", "httpx"),
     "sharing": ("torch", "sklearn", "transformers", "mlflow"),
 }
 SPHINX = ("sphinx", "myst_parser", "furo")
@@ -85,7 +86,7 @@ def run_page(page: Path) -> None:
                 exec(compile(code, str(page), "exec"), scope)
             printed = out.getvalue()
         elif block.kind == "sh":
-            run_commands(block, where)
+            printed = run_commands(block, where)
 
 
 def run_session(block: Block, page: Path, scope: dict[str, Any]) -> None:
@@ -98,13 +99,19 @@ def run_session(block: Block, page: Path, scope: dict[str, Any]) -> None:
     scope.update(session.globs)
 
 
-def run_commands(block: Block, where: str) -> None:
-    """The lines that call `resmem`; others, such as pip, are left alone."""
+def run_commands(block: Block, where: str) -> str | None:
+    """The lines that call `resmem` or `curl`, and what curl printed; others, such as pip, are left alone."""
     from residual_memory.cli.main import main
 
+    printed = None
     for line in block.text.splitlines():
         if line.startswith("resmem "):
             assert main(shlex.split(line)[1:]) == 0, f"{where}: {line}"
+        elif line.startswith("curl "):
+            ended = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 0, f"{where}: {line}\n{ended.stderr}"
+            printed = ended.stdout
+    return printed
 
 
 def masked(output: str) -> list[str]:

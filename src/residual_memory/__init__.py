@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from residual_memory.models.transformers import ResMemForCausalLM, tune_language
     from residual_memory.planning import Plan, estimate, nearest_fitting
     from residual_memory.privacy import PrivacyReport, audit_privacy
+    from residual_memory.reports.measured import make_report
+    from residual_memory.reports.page import Report
     from residual_memory.residuals import temper, top_m
     from residual_memory.shrinking import Shrunk, shrink
     from residual_memory.surveying import Survey, survey
@@ -90,6 +92,8 @@ _ROOMS = {
     "nearest_fitting": "planning",
     "PrivacyReport": "privacy",
     "audit_privacy": "privacy",
+    "Report": "reports.page",
+    "make_report": "reports.measured",
     "register_index": "indexes.registry",
     "temper": "residuals",
     "top_m": "residuals",
@@ -126,6 +130,7 @@ __all__ = [
     "Observations",
     "Plan",
     "PrivacyReport",
+    "Report",
     "ResMemClassifier",
     "ResMemForCausalLM",
     "ResMemModule",
@@ -155,6 +160,7 @@ __all__ = [
     "import_memory",
     "join_parts",
     "key_choices",
+    "make_report",
     "merge_memories",
     "nearest_fitting",
     "observe",

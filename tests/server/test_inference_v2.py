@@ -74,6 +74,37 @@ def test_what_does_not_fit_is_refused(client: TestClient, change: dict[str, Any]
     assert client.post("/v2/models/memory/infer", json={**tensors(), **change}).status_code == 422
 
 
+def test_a_failure_is_an_error_in_one_string(client: TestClient) -> None:
+    for answer in (
+        client.get("/v2/models/other"),
+        client.get("/v2/models/memory/versions/7"),
+        client.get("/v2/nothing"),
+        client.post("/v2/models/memory/infer", content=b"{"),
+        client.post("/v2/models/memory/infer", json=tensors(), headers={"authorization": "Bearer wrong"}),
+    ):
+        assert answer.status_code in (401, 404, 422)
+        assert list(answer.json()) == ["error"]
+        assert isinstance(answer.json()["error"], str)
+
+
+def test_a_version_is_the_memorys(client: TestClient) -> None:
+    assert client.get("/v2/models/memory").json()["versions"] == ["1"]
+    assert client.post("/v2/models/memory/versions/1/infer", json=tensors()).json()["model_version"] == "1"
+    client.post("/forget", json={"ids": [1]})
+    assert client.post("/v2/models/memory/versions/1/infer", json=tensors()).status_code == 404
+    assert client.post("/v2/models/memory/versions/2/infer", json=tensors()).json()["model_version"] == "2"
+
+
+@pytest.mark.filterwarnings("ignore::residual_memory.errors.FewerNeighbors")
+def test_neighbors_are_as_many_as_there_are(memory: Memory) -> None:
+    memory.forget(memory.ids[3:])
+    with TestClient(create_app(memory, token=TOKEN), headers=BEARER) as client:
+        wanted = [{"name": "neighbor_ids"}, {"name": "neighbor_distances"}]
+        told = client.post("/v2/models/memory/infer", json=tensors(outputs=wanted)).json()["outputs"]
+    assert [output["shape"] for output in told] == [[2, 3], [2, 3]]
+    assert None not in told[1]["data"]
+
+
 @pytest.mark.parametrize("header", ["-1", "1e3", "99999999", "x", "²"])
 def test_a_header_that_lies_about_its_length_is_refused(client: TestClient, header: str) -> None:
     content = json.dumps(tensors()).encode()

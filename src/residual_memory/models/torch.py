@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
+from residual_memory.display import html_table
 from residual_memory.errors import DimensionMismatch, InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import Explanation, explain
@@ -245,6 +246,12 @@ class ChosenKeys:
 
     best: KeyChoice
     results: dict[str, TuningResult]
+
+    def _repr_html_(self) -> str:
+        rows = [(name, *(row[1] for row in found.table[1:]), found.verdict) for name, found in self.results.items()]
+        metric = self.results[self.best.name].table[0][1]
+        header = ("keys", *(f"{name}, {metric}" for name in ("base", "memory only", "corrected")), "verdict")
+        return html_table(f"Best keys: {self.best.name}", rows, header)
 
 
 def choose_keys(

@@ -115,6 +115,8 @@ class Refusal(BaseModel):
     message: str
     cause: str
     remedy: str
+    param: None = Field(None, description="As clients of OpenAI's expect it.")
+    code: None = None
 
 
 class Refused(BaseModel):

@@ -45,9 +45,9 @@ def answering(service: Service, batcher: Batcher[Query, Answer], observer: Obser
     async def predict(request: Request) -> Response:
         needs(request, "predict")
         body = await body_of(request, asked.Predict)
+        if body.ids is not None:
+            needs(request, "explain")  # already which ids there are tells who is in the memory
         query = service.query(body.keys, body.predictions, body.inputs, body.ids)
-        if query.own is not None:
-            needs(request, "explain")
         answer = await batcher(query)
         return as_json({"version": service.memory.version, **predicted(service, answer, body.top)})
 

@@ -28,7 +28,7 @@ class Limits:
     header_seconds: float = 10.0
     body_seconds: float = 20.0
     answer_seconds: float = 30.0
-    in_flight: int = 64
+    in_flight: int = 48
     uploads: int = 256
     connections: int = 2048
     rows: int = 4096

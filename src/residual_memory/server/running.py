@@ -1,9 +1,12 @@
 """Running an application on uvicorn, with deadlines for slow clients and a cheap refusal under overload."""
 
 import asyncio
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import uvicorn
@@ -188,4 +191,24 @@ def serve(
         if announce is not None:
             announce(f"http://{name}:{waiting.getsockname()[1]}")
         sys.setswitchinterval(SWITCH_SECONDS)
-        uvicorn.Server(configured(app, app.state.limits)).run(sockets=[waiting])
+        server = uvicorn.Server(configured(app, app.state.limits))
+        with _stopped_by_signals(server):
+            server.run(sockets=[waiting])
+
+
+@contextmanager
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Return when a signal has stopped the server: uvicorn raises it once more then, which would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
