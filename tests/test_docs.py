@@ -32,6 +32,7 @@ NEEDS = {
     "torch": ("torch", "sklearn"),
     "language": ("torch", "transformers"),
     "ray": ("torch",),
+    "reports": ("matplotlib", "jinja2"),
 }
 SPHINX = ("sphinx", "myst_parser", "furo")
 FRAMEWORKS = ("faiss", "sklearn", "torch", "transformers")
