@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("core", "durability", "language", "planning", "ray", "scale", "serve", "tables", "torture")
+NAMES = ("core", "durability", "explorer", "language", "planning", "ray", "scale", "serve", "tables", "torture")
 
 
 def main() -> None:

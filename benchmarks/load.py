@@ -1,6 +1,6 @@
-"""Clients that ask a server on this machine as fast as it answers: asyncio and bare sockets, in a process of their own.
+"""Clients that ask a server on this machine: asyncio and bare sockets, in a process of their own.
 
-python -m benchmarks.load PORT CONNECTIONS SECONDS BODIES.npy TOKEN
+python -m benchmarks.load PORT CONNECTIONS SECONDS RATE BODIES.json TOKEN
 """
 
 import asyncio
@@ -16,12 +16,17 @@ import numpy as np
 HOST = "127.0.0.1"
 
 
-async def ask(port: int, requests: list[bytes], end: float, waits: list[tuple[float, float, int]], number: int) -> None:
-    """One connection, one request after the other; a refused one comes again at once."""
+Wait = tuple[float, float, int]  # when the answer was there, how long it took, its status
+
+
+async def ask(port: int, requests: list[bytes], end: float, pause: float, waits: list[Wait], number: int) -> None:
+    """One connection, one request after the other, from the start of one to that of the next at least a pause."""
     reader, writer = await asyncio.open_connection(HOST, port)
-    place = number
+    place, started = number, 0.0
     try:
-        while time.perf_counter() < end:
+        while (now := time.perf_counter()) < end:
+            if now < started + pause:
+                await asyncio.sleep(started + pause - now)
             started = time.perf_counter()
             writer.write(requests[place % len(requests)])
             head = await reader.readuntil(b"\r\n\r\n")
@@ -36,15 +41,15 @@ async def ask(port: int, requests: list[bytes], end: float, waits: list[tuple[fl
         writer.close()
 
 
-async def load(port: int, connections: int, seconds: float, requests: list[bytes]) -> list[tuple[float, float, int]]:
-    """Moments of answers, how long each took, and its status."""
-    waits: list[tuple[float, float, int]] = []
-    end = time.perf_counter() + seconds
-    await asyncio.gather(*(ask(port, requests, end, waits, number) for number in range(connections)))
+async def load(port: int, connections: int, seconds: float, rate: float, requests: list[bytes]) -> list[Wait]:
+    """What all connections met; together they ask at most so many a second, or as fast as they are answered (0)."""
+    waits: list[Wait] = []
+    pause, end = connections / rate if rate else 0.0, time.perf_counter() + seconds
+    await asyncio.gather(*(ask(port, requests, end, pause, waits, number) for number in range(connections)))
     return waits
 
 
-def summary(waits: list[tuple[float, float, int]], seconds: float) -> dict[str, Any]:
+def summary(waits: list[Wait], seconds: float) -> dict[str, Any]:
     """Requests a second and how long accepted ones took, in seconds."""
     accepted = np.array([wait for _, wait, status in waits if status == 200])
     return {
@@ -64,15 +69,15 @@ def requests_of(bodies: Any, token: str) -> list[bytes]:
 
 
 def main() -> None:
-    """Arguments: port, connections, seconds, a file of bodies as JSON strings, the token."""
-    port, connections, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    requests = requests_of(json.loads(Path(sys.argv[4]).read_text()), sys.argv[5])
-    waits = asyncio.run(load(port, connections, seconds, requests))
+    """Arguments: port, connections, seconds, requests a second, a file of bodies as JSON strings, the token."""
+    port, connections, seconds, rate = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    requests = requests_of(json.loads(Path(sys.argv[5]).read_text()), sys.argv[6])
+    waits = asyncio.run(load(port, connections, seconds, rate, requests))
     first = min(done - wait for done, wait, _ in waits)
     print(json.dumps({**summary(waits, seconds), "timeline": timeline(waits, first)}))
 
 
-def timeline(waits: list[tuple[float, float, int]], first: float) -> list[float | None]:
+def timeline(waits: list[Wait], first: float) -> list[float | None]:
     """The 99th percentile of accepted answers in each second."""
     seconds: dict[int, list[float]] = {}
     for done, wait, status in waits:

@@ -1,4 +1,4 @@
-"""A served memory under load, beside a plain FastAPI + numpy server in the same run, and clients that do harm."""
+"""A served memory under load, beside plain FastAPI + numpy servers in the same run, and clients that do harm."""
 
 import contextlib
 import json
@@ -72,58 +72,71 @@ def make(folder: Path) -> None:
 
 
 def measured(folder: Path, seconds: float, turns: int) -> list[Row]:
-    """Ours and theirs in turns at 32 connections; then ours at ten times as many, and how long it is out of breath."""
-    rates: dict[str, list[Row]] = {"ours": [], "theirs": []}
-    with ours(folder) as port, theirs(folder) as plain:
-        for port_of in (port, plain):
+    """Ours and two others in turns at 32 connections; then ours, asked ten times as often as it can answer."""
+    found: dict[str, list[Row]] = {"ours": [], "plain": [], "by-hand": []}
+    with ours(folder) as port, theirs(folder, "plain") as plain, theirs(folder, "by-hand") as by_hand:
+        ports = {"ours": port, "plain": plain, "by-hand": by_hand}
+        for port_of in ports.values():
             load(folder, port_of, CONNECTIONS, 1.0)
         for _ in range(turns):
-            rates["ours"].append(load(folder, port, CONNECTIONS, seconds))
-            rates["theirs"].append(load(folder, plain, CONNECTIONS, seconds))
-        mine, other = (max(rates[name], key=lambda row: row["requests_per_second"]) for name in ("ours", "theirs"))
-        p99 = float(np.median([row["p99"] for row in rates["ours"]]))
-        rate, their_rate = (float(np.median([row["requests_per_second"] for row in rates[n]])) for n in rates)
-        crowd = load(folder, port, 10 * CONNECTIONS, seconds)
-        after = load(folder, port, CONNECTIONS, 5.0)
-    calm = next(
-        (second for second, wait in enumerate(after["timeline"]) if wait is not None and wait <= 1.5 * p99), None
-    )
+            for name, port_of in ports.items():
+                found[name].append(load(folder, port_of, CONNECTIONS, seconds))
+        rate, p99 = median(found["ours"], "requests_per_second"), median(found["ours"], "p99")
+        crowd = load(folder, port, 10 * CONNECTIONS, seconds, 10 * rate)
+        after = load(folder, port, CONNECTIONS, 6.0)
+    calm = [second for second, wait in enumerate(after["timeline"], 1) if wait is not None and wait <= 1.5 * p99]
     size = f"{N:,} x {DIM}, exact search"
-    return [
+    rows: list[Row] = []
+    for name, against in (
+        ("plain", "FastAPI, pydantic and numpy, the norms of differences, a search a request"),
+        ("by-hand", "the same with distances as a product of matrices, on one thread a request"),
+    ):
+        their_rate = median(found[name], "requests_per_second")
+        rows.append(
+            {
+                "setting": f"predict, {size}, {CONNECTIONS} connections, over {name}",
+                "ratio": rate / their_rate,
+                "against": against,
+                "ours": rate,
+                "theirs": their_rate,
+                "unit": "requests a second",
+                "goal": GOAL_RATIO if name == "plain" else None,
+                "goal_requests_per_second": GOAL_RATE,
+                "p50": median(found["ours"], "p50"),
+                "p99": p99,
+                "goal_p99": GOAL_P99,
+                "p99_theirs": median(found[name], "p99"),
+                "turns": {kind: [row["requests_per_second"] for row in found[kind]] for kind in ("ours", name)},
+            }
+        )
+    rows.append(
         {
-            "setting": f"predict, {size}, {CONNECTIONS} connections",
-            "ratio": rate / their_rate,
-            "against": "FastAPI, pydantic and numpy, a search a request",
-            "ours": rate,
-            "theirs": their_rate,
-            "unit": "requests a second",
-            "goal": GOAL_RATIO,
-            "goal_requests_per_second": GOAL_RATE,
-            "p50": mine["p50"],
-            "p99": p99,
-            "goal_p99": GOAL_P99,
-            "p99_theirs": other["p99"],
-            "turns": {name: [row["requests_per_second"] for row in rows] for name, rows in rates.items()},
-        },
-        {
-            "setting": f"predict, {size}, {10 * CONNECTIONS} connections that never wait",
+            "setting": f"predict, {size}, {10 * CONNECTIONS} connections, ten times as many requests as are answered",
             "ratio": crowd["p99"] / p99,
             "against": f"the 99th percentile at {CONNECTIONS} connections",
             "ours": crowd["p99"],
             "theirs": p99,
             "unit": "seconds, of accepted requests",
             "goal": 2.0,
+            "offered_per_second": 10 * rate,
+            "asked_per_second": sum(crowd["statuses"].values()) / seconds,
             "requests_per_second": crowd["requests_per_second"],
             "statuses": crowd["statuses"],
-            "calm_again_within_seconds": None if calm is None else calm + 1,
+            "calm_again_within_seconds": calm[0] if calm else None,
             "goal_seconds": 5,
-        },
-    ]
+        }
+    )
+    return rows
 
 
-def load(folder: Path, port: int, connections: int, seconds: float) -> Row:
-    """What clients in a process of their own met."""
-    command = [sys.executable, "-m", "benchmarks.load", str(port), str(connections), str(seconds)]
+def median(rows: list[Row], name: str) -> float:
+    """Of a figure over turns."""
+    return float(np.median([row[name] for row in rows]))
+
+
+def load(folder: Path, port: int, connections: int, seconds: float, rate: float = 0.0) -> Row:
+    """What clients in a process of their own met; 0 requests a second are as many as are answered."""
+    command = [sys.executable, "-m", "benchmarks.load", str(port), str(connections), str(seconds), str(rate)]
     ran = subprocess.run(
         [*command, str(folder / "bodies.json"), TOKEN], capture_output=True, text=True, check=True, timeout=600
     )
@@ -141,17 +154,21 @@ def ours(folder: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def theirs(folder: Path) -> Iterator[int]:
+def theirs(folder: Path, kind: str) -> Iterator[int]:
     """The plain server over the same arrays; gives its port."""
     port = free_port()
-    with started([sys.executable, "-m", "benchmarks.plain_server", str(folder / "arrays.npz"), str(port)], port):
+    command = [sys.executable, "-m", "benchmarks.plain_server", str(folder / "arrays.npz"), str(port), kind]
+    alone = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")} if kind == "by-hand" else {}
+    with started(command, port, **alone):
         yield port
 
 
 @contextlib.contextmanager
-def started(command: list[str], port: int) -> Iterator[None]:
+def started(command: list[str], port: int, **environment: str) -> Iterator[None]:
     """A server in a process of its own, until it is not needed."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment}
+    )
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -200,7 +217,7 @@ def harmed(folder: Path) -> list[Row]:
     for kind, (n, _, _, seconds) in kinds.items():
         rows.append(
             {
-                "setting": f"{n} clients with a slow {kind}, a byte now and then",
+                "setting": f"{n} clients that send their {kind} slowly, a little now and then",
                 "ratio": max(found[kind]) / seconds,
                 "against": "the deadline",
                 "ours": max(found[kind]),

@@ -35,7 +35,6 @@ from residual_memory.language import LanguageSetting, tune_tokens
 from residual_memory.memory import Memory
 from residual_memory.models.base import KeyChoice
 from residual_memory.models.transformers import held_out_tokens
-from residual_memory.shrinking import residual_sizes
 from residual_memory.tuning import tune
 
 NAME = "shrinking"
@@ -227,7 +226,7 @@ def some_rows(memory: Memory, share: float, seed: int) -> Memory:
 
 def sizes_of(memory: Memory) -> Float[ndarray, " n"]:
     """How large the residual of each row is."""
-    return residual_sizes(memory.snapshot, np.flatnonzero(memory.snapshot.alive))
+    return memory.snapshot.residual_sizes(np.flatnonzero(memory.snapshot.alive))
 
 
 def bytes_of(memory: Memory, whole: Memory) -> Row:

@@ -23,7 +23,7 @@ LAYERS = [
     {"correction", "metric_learning"},
     {"explanation", "evaluation", "language", "planning"},
     {"tuning", "privacy"},
-    {"models", "theory", "figures", "exchange", "client", "survey", "examples"},
+    {"models", "theory", "figures", "exchange", "client", "surveying", "examples"},
     {"reports"},
     {"demo", "selftest", "shrinking", "testing"},
     {"server"},
@@ -132,6 +132,11 @@ def test_importing_the_package_imports_not_even_numpy() -> None:
 def test_every_public_name_resolves(name: str) -> None:
     assert getattr(residual_memory, name) is not None
     assert name in dir(residual_memory)
+
+
+def test_no_public_name_is_a_rooms_too() -> None:
+    """Whoever imports a room makes it an attribute of the package, and would hide the function of that name."""
+    assert set(residual_memory.__all__) & ROOMS == {"errors"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

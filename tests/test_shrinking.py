@@ -12,13 +12,12 @@ import residual_memory as rm
 from residual_memory import shrinking
 from residual_memory.errors import InvalidInput
 from residual_memory.memory import Memory
-from residual_memory.shrinking import residual_sizes
 from tests.exchange.forms import KINDS, assert_same, kept, problem_of, values
 from tests.problems import Problem, classification, knn_of, memory_of, on_grid, regression, same_bits
 
 
 def sizes_of(memory: Memory) -> ndarray:
-    return residual_sizes(memory.snapshot, np.flatnonzero(memory.snapshot.alive))
+    return memory.snapshot.residual_sizes(np.flatnonzero(memory.snapshot.alive))
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["integers", "text"])

@@ -234,6 +234,8 @@ def test_integers_and_strings_are_ids(ids: Any) -> None:
         ["a\0"],
         ["\ud800"],
         [(1, 2), "a"],
+        [1, "a"],
+        ["a", 1],
     ],
 )
 def test_what_is_no_id_is_refused(ids: Any) -> None:

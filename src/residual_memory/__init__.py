@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from residual_memory.reports.page import Report
     from residual_memory.residuals import temper, top_m
     from residual_memory.shrinking import Shrunk, shrink
-    from residual_memory.survey import Survey, survey
+    from residual_memory.surveying import Survey, survey
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
     from residual_memory.windows import Encoded, TextFile, Windows
@@ -99,8 +99,8 @@ _ROOMS = {
     "top_m": "residuals",
     "Shrunk": "shrinking",
     "shrink": "shrinking",
-    "Survey": "survey",
-    "survey": "survey",
+    "Survey": "surveying",
+    "survey": "surveying",
     "Evaluation": "evaluation",
     "Setting": "evaluation",
     "evaluate": "evaluation",

@@ -1,9 +1,10 @@
 """A served memory from Python: `Client` asks a server that `resmem serve` or `create_app` runs."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -20,6 +21,7 @@ except ImportError as error:
 
 RETRIED = frozenset({429, 503})
 TRIES = 4
+RAISED = (InvalidInput, errors.ReadOnlyMemory, errors.MemoryLocked, errors.StorageFailure)  # here as they were there
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,18 @@ class Client:
 
     Raises
     ------
+    InvalidInput : if the url is none.
     ServerFailure : from every method, if the server does not answer, or fails.
     """
 
     def __init__(
         self, url: str, token: str, *, timeout: float = 30.0, transport: "httpx.BaseTransport | None" = None
     ) -> None:
-        headers = {"authorization": f"Bearer {token}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        except httpx.InvalidURL as error:
+            raise InvalidInput(f"url is {url!r}, which is none: {error}; expected what the server printed") from None
 
     def __enter__(self) -> "Client":
         return self
@@ -124,6 +130,7 @@ class Client:
         without: Sequence[int | str] = (),
         neighbors: int = 10,
         outputs: int = 5,
+        order: Literal["distance", "share", "answer"] = "distance",
     ) -> list[dict[str, Any]]:
         """Of each query base and corrected `outputs`, and the `neighbors` that made the difference.
 
@@ -132,12 +139,15 @@ class Client:
         keys, predictions, inputs, ids : as in `predict`.
         without : rows that are passed over this once, as if they were forgotten.
         neighbors, outputs : how many are listed.
+        order : of the memories, the nearest first, those with the largest share of the correction, or those whose
+            label is the corrected answer.
         """
         body = {
             **_queries(keys, predictions, inputs, ids),
             "without": list(without),
             "neighbors": neighbors,
             "outputs": outputs,
+            "order": order,
         }
         return self._post("/explain", body)["queries"]
 
@@ -148,8 +158,8 @@ class Client:
         predictions: ArrayLike | None = None,
         *,
         inputs: ArrayLike | Sequence[Any] | None = None,
-        ids: Sequence[int | str] | None = None,
-        groups: Sequence[int | str] | None = None,
+        ids: Sequence[int | str] | ArrayLike | None = None,
+        groups: Sequence[int | str] | ArrayLike | None = None,
         owner: str | None = None,
         tags: Sequence[str] = (),
         snippets: Sequence[str] | None = None,
@@ -169,8 +179,8 @@ class Client:
         body = {
             **_queries(keys, predictions, inputs, None),
             "labels": None if labels is None else _plain(labels),
-            "ids": ids,
-            "groups": groups,
+            "ids": None if ids is None else _plain(ids),
+            "groups": None if groups is None else _plain(groups),
             "owner": owner,
             "tags": list(tags),
             "snippets": snippets,
@@ -195,7 +205,7 @@ class Client:
 
     def info(self) -> dict[str, Any]:
         """What the memory holds, and how it is used."""
-        return self._ask("GET", "/info").json()
+        return _plain_values(self._ask("GET", "/info"))
 
     def metrics(self) -> str:
         """Counters, in the text format of Prometheus."""
@@ -204,17 +214,21 @@ class Client:
     def health(self) -> bool:
         """Whether the server answers."""
         try:
-            return self._ask("GET", "/health").json()["status"] == "ok"
+            return bool(_plain_values(self._ask("GET", "/health")).get("status") == "ok")
         except ServerFailure:
             return False
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._ask("POST", path, {name: value for name, value in body.items() if value is not None}).json()
+        try:
+            content = json.dumps({name: value for name, value in body.items() if value is not None}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"the request cannot be sent as JSON: {error}; send finite numbers and texts") from None
+        return _plain_values(self._ask("POST", path, content))
 
-    def _ask(self, method: str, path: str, body: Any = None) -> "httpx.Response":
+    def _ask(self, method: str, path: str, content: str | None = None) -> "httpx.Response":
         for attempt in range(TRIES):
             try:
-                answer = self._http.request(method, path, json=body)
+                answer = self._http.request(method, path, content=content)
             except httpx.HTTPError as error:
                 raise ServerFailure(
                     f"{self._http.base_url} does not answer: {error or type(error).__name__}"
@@ -239,6 +253,22 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
+def _plain_values(answer: "httpx.Response") -> dict[str, Any]:
+    """What an answer says.
+
+    Raises
+    ------
+    ServerFailure : if it is none of such a server.
+    """
+    try:
+        found = answer.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ServerFailure(f"{answer.url} answers, but not as a server of memories does; is it the right address?")
+    return found
+
+
 def _seconds(told: str | None) -> float:
     return min(float(told), 30.0) if told is not None and told.isdigit() else 1.0
 
@@ -251,6 +281,6 @@ def _error(answer: "httpx.Response") -> ResidualMemoryError:
     except (ValueError, KeyError, TypeError):
         return ServerFailure(f"the server answered {answer.status_code}")
     known = getattr(errors, kind, None)
-    if isinstance(known, type) and issubclass(known, InvalidInput | errors.ReadOnlyMemory):
+    if isinstance(known, type) and issubclass(known, RAISED):
         return known(message)
     return ServerFailure(f"the server answered {answer.status_code}: {message}")

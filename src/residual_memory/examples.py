@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from residual_memory.errors import InvalidInput, MissingExtra
 
-SMALLEST_SIDE = 64  # of a picture that is sent: smaller images are enlarged, each pixel whole
+SMALLEST_SIDE = 64  # of a picture that is sent: smaller images are enlarged
 MOST_PIXELS = 1 << 24  # of an upload
 
 Id = int | str
@@ -26,11 +26,15 @@ class Examples(ABC):
         """Whether they are images."""
 
     @abstractmethod
-    def picture(self, name: Id) -> bytes | None:
+    def find(self, name: Id, group: Id | None) -> int | None:
+        """The place of the example that a row was made of; None where it came from elsewhere."""
+
+    @abstractmethod
+    def picture(self, place: int) -> bytes | None:
         """A PNG; None where there is none."""
 
     @abstractmethod
-    def cells(self, name: Id) -> Mapping[str, Any] | None:
+    def cells(self, place: int) -> Mapping[str, Any] | None:
         """Columns and values; None where there are none."""
 
     @abstractmethod
@@ -52,6 +56,8 @@ def examples_for(examples: Any) -> Examples | None:
     """
     if examples is None or isinstance(examples, Examples):
         return examples
+    if hasattr(examples, "__len__") and not len(examples):
+        raise InvalidInput("the examples are empty, expected those that the memory was built from")
     if hasattr(examples, "iloc"):
         return TableExamples(examples)
     if hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):
@@ -64,7 +70,7 @@ def examples_for(examples: Any) -> Examples | None:
 class ImageExamples(Examples):
     """A data set of (image [3 h w] or [h w], label), in the order of the memory's ids.
 
-    A memory with copies of each image, such as mirrored ones, counts on: its ids go round the data set again.
+    A memory with copies of each image, such as mirrored ones, counts on, and they are of the image's group.
 
     Parameters
     ----------
@@ -74,20 +80,23 @@ class ImageExamples(Examples):
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self._places = {name: place for place, name in enumerate(getattr(dataset, "names", ()))}
-        self._size = np.asarray(self._item(0)).shape[-2:] if len(dataset) else (0, 0)
+        self._size = np.asarray(self._item(0)).shape[-2:]
 
     @property
     def pictures(self) -> bool:
         return True
 
-    def picture(self, name: Id) -> bytes | None:
-        place = self._places.get(name) if isinstance(name, str) else name % len(self._dataset)
-        if place is None:
-            return None
+    def find(self, name: Id, group: Id | None) -> int | None:
+        if isinstance(name, str):
+            return self._places.get(name)
+        place = name % len(self._dataset)
+        return place if place in (name, group) else None
+
+    def picture(self, place: int) -> bytes | None:
         image = _as_pixels(np.asarray(self._item(place)))
         return None if image is None else as_png(image)
 
-    def cells(self, name: Id) -> Mapping[str, Any] | None:
+    def cells(self, place: int) -> Mapping[str, Any] | None:
         return None
 
     def uploaded(self, content: bytes) -> Any:
@@ -122,13 +131,14 @@ class TableExamples(Examples):
     def pictures(self) -> bool:
         return False
 
-    def picture(self, name: Id) -> bytes | None:
+    def find(self, name: Id, group: Id | None) -> int | None:
+        return name if isinstance(name, int) and name < len(self._frame) else None
+
+    def picture(self, place: int) -> bytes | None:
         return None
 
-    def cells(self, name: Id) -> Mapping[str, Any] | None:
-        if not isinstance(name, int) or name >= len(self._frame):
-            return None
-        return {str(column): _plain(value) for column, value in self._frame.iloc[name].items()}
+    def cells(self, place: int) -> Mapping[str, Any] | None:
+        return {str(column): _plain(value) for column, value in self._frame.iloc[place].items()}
 
     def uploaded(self, content: bytes) -> Any:
         raise InvalidInput("the model reads rows of a table; paste them as JSON")

@@ -125,7 +125,7 @@ def shrink(
     if twins_within is not None:
         kept, distance = without_twins(snapshot, rows, as_non_negative("twins_within", twins_within), within_groups)
     n_twins = int((~kept).sum())
-    sizes = residual_sizes(snapshot, rows) if least > 0 or share < 1 else np.zeros(len(rows))
+    sizes = snapshot.residual_sizes(rows) if least > 0 or share < 1 else np.zeros(len(rows))
     kept &= sizes >= least
     n_small = len(rows) - n_twins - int(kept.sum())
     if len(rows) and not kept.any():
@@ -142,25 +142,6 @@ def shrink(
     blocks = _blocks(exported, kept, top_m)
     small = made(path, manifest, blocks, as_stored=True, n_rows=n_kept, doing="shrinking")
     return Shrunk(small, len(rows), n_twins, distance, n_small, len(candidates) - n_kept)
-
-
-def residual_sizes(snapshot: Snapshot, rows: Int64[ndarray, " b"]) -> Float[ndarray, " b"]:
-    """What the base missed of each row: 1 minus its probability of the label, or the distance of its value."""
-    sizes = np.empty(len(rows))
-    for start in range(0, len(rows), BLOCK_ROWS):
-        some = rows[start : start + BLOCK_ROWS]
-        targets = snapshot.targets(some)
-        if snapshot.layout.task == "regression":
-            size = np.linalg.norm(targets - snapshot.predictions(some), axis=1)
-        elif snapshot.layout.residuals == "dense":
-            size = 1 - snapshot.predictions(some)[np.arange(len(some)), targets]
-        else:
-            said = snapshot.top_m(some)
-            listed = said.indices == targets[:, None]
-            beyond = said.rest / max(snapshot.layout.n_outputs - listed.shape[1], 1)
-            size = 1 - np.where(listed.any(axis=1), (said.probabilities * listed).sum(axis=1), beyond)
-        sizes[start : start + BLOCK_ROWS] = np.maximum(size, 0)
-    return sizes
 
 
 def drawn(sizes: Float[ndarray, " n"], wanted: int, seed: int, among: Int64[ndarray, " m"]) -> Int64[ndarray, " w"]:

@@ -167,8 +167,8 @@ def as_ids(ids: ArrayLike, n_rows: int | None = None, *, name: str = "ids") -> S
     if array.ndim != 1 or (n_rows is not None and len(array) != n_rows):
         expected = "one axis" if n_rows is None else f"{n_rows:,}, one a row"
         raise DimensionMismatch(f"{name} have shape {array.shape}, expected {expected}")
-    if array.dtype.kind in "UO" and all(isinstance(value, str) for value in array):
-        given = ids if isinstance(ids, list | tuple) else array.tolist()  # numpy drops NULs at the end
+    given = ids if isinstance(ids, list | tuple) else array  # numpy drops NULs at the end, and makes strings of numbers
+    if array.dtype.kind in "UO" and all(isinstance(value, str) for value in given):
         if bad := [value for value in given if not _is_storable(value)]:
             raise InvalidInput(f"{name} hold {bad[0]!r}, expected text that is not empty and has no NUL")
         return array.astype(np.str_)

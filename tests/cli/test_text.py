@@ -1,11 +1,12 @@
 """Text at the command line: a language model's memory is built, tuned and measured from .txt files."""
 
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ import pytest
 import residual_memory as rm
 from tests.cli.workshop import Ran, as_npz, columns, done, resmem
 from tests.reports.pages import read
+from tests.tales import VOCABULARY, save_model, tale, tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
-VOCABULARY = 320
 MODEL = ("--model", "gpt")
+SERVE = ("serve", "mem", *MODEL)
 TRAIN = ("build", "mem", "--data", "train.txt", *MODEL)
 
 MODULE = """
@@ -49,48 +50,6 @@ def translator():
 
 seven = 7
 """
-
-
-def tale(n: int, seed: int) -> str:
-    """Documents whose words follow each other by rules: a memory knows what comes next, a fresh model does not."""
-    rules = {"the": ["cat", "owl"], "cat": ["saw"], "owl": ["saw"], "saw": ["a"], "a": ["mouse", "bell"]}
-    random = np.random.default_rng(seed)
-    documents = []
-    for _ in range(n):
-        words = ["the"]
-        while len(words) < 15:
-            following = rules.get(words[-1], ["the"])
-            words.append(following[int(random.integers(len(following)))])
-        documents.append(" ".join(words) + ".\n")
-    return "\n".join(documents)
-
-
-def tokenizer(texts: list[str]) -> Any:
-    """A small byte-level BPE."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
-
-
-def save_model(folder: Path, *, positions: int = 64) -> None:
-    """A GPT-2 that has learned nothing."""
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=positions,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    transformers.set_seed(0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -308,6 +267,21 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("predict", "mem", "--data", "test.txt", *MODEL), "ResMemForCausalLM"),
     (("explain", "mem", "--data", "test.txt", "--row", "3", *MODEL), "ResMemForCausalLM"),
     (("add", "mem", "--data", "test.txt", *MODEL), "ResMemForCausalLM"),
+    (("serve", "mem"), "is of text"),
+    (("serve", "mem", "--model", "gtp"), "did you mean 'gpt'?"),
+    (("serve", "mem", "--model", "bare"), "bare holds no tokenizer"),
+    (("serve", "mem", "--model", "texts:seven", "--tokenizer", "gpt"), "expected a torch.nn.Module"),
+    ((*SERVE, "--tokenizer", "other"), "tokens of another tokenizer"),
+    ((*SERVE, "--data", "held.txt"), "give the text that the memory comes from"),
+    ((*SERVE, "--data", "empty.txt"), "give the text that the memory comes from"),
+    ((*SERVE, "--data", "latin.txt"), "latin.txt is not text in UTF-8"),
+    ((*SERVE, "--data", "trian.txt"), "did you mean 'train.txt'?"),
+    ((*SERVE, "--data", "train.npz"), "name its .txt file"),
+    ((*SERVE, "--outputs", "probabilities", "--image-size", "8"), "leave --outputs and --image-size out"),
+    ((*SERVE, "--outputs", "logit"), "did you mean 'logits'?"),
+    ((*SERVE, "--autocast", "bfloat"), "did you mean 'bfloat16'?"),
+    ((*SERVE, "--index", "exat"), "did you mean 'exact'?"),
+    ((*SERVE, "--token-file", "tokens"), "there is no file tokens"),
     (("predict", "mem", "--data", "train.npz"), "setting of a language model's memory"),
     (("bench", "mem"), "setting of a language model's memory"),
 ]
@@ -325,6 +299,11 @@ def test_a_mistake_exits_with_2_and_says_what_is_meant(shop: Shop, words: tuple[
 
 def test_a_memory_of_another_model_or_of_arrays_is_refused(shop: Shop) -> None:
     done("build", "new", "--data", "train.npz")
+    assert (
+        "leave --tokenizer and --autocast out"
+        in resmem("serve", "new", "--tokenizer", "gpt", "--autocast", "float16").err
+    )
+    assert "is of no text" in resmem("serve", "new", "--data", "train.txt").err
     assert "filled from arrays" in resmem("evaluate", "new", "--data", "test.txt", *MODEL).err
     save_model(Path("again"), positions=48)
     ran = resmem("tune", "mem", "--data", "held.txt", "--model", "again", "--tokenizer", "gpt")
@@ -343,6 +322,42 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(shop: Shop) -> None:
     ran = resmem("build", "new", "--data", "new.txt", *MODEL, "--tokenizer", "again")
     assert ran.code == 2
     assert "vocabulary" in ran.err
+
+
+# ---------------------------------------------------------------------- serve
+
+
+def test_a_text_is_served_with_the_model_that_it_was_built_with(shop: Shop) -> None:
+    """The command as users run it; asked with OpenAI's client, and stopped as with Ctrl-C."""
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    Path("new.tokens").write_text("a-token-of-this-test\na-token-that-asks-only predict\n")
+    words = ("serve", "mem", "--data", "train.txt", *MODEL, "--port", "0", "--token-file", "new.tokens")
+    command = [sys.executable, "-c", "import sys; from residual_memory.cli.main import main; sys.exit(main())"]
+    with subprocess.Popen([*command, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = next(line for line in process.stderr if line.startswith("open "))
+            address = line.split()[1]
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="a-token-that-asks-only", max_retries=0) as client:
+                found = client.completions.create(model="mem", prompt="the cat saw", max_tokens=8, temperature=0)
+            with rm.Client(address, "a-token-of-this-test") as client:
+                (row,) = client._post("/rows", {"ids": [5]})["rows"]
+        finally:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+    lm = rm.ResMemForCausalLM(
+        transformers.AutoModelForCausalLM.from_pretrained("gpt"), rm.Memory.open("mem"), max_weight=0.1
+    )
+    own = transformers.AutoTokenizer.from_pretrained("gpt")
+    tokens = own("the cat saw", return_tensors="pt").input_ids
+    wanted = lm.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, tokens.shape[1] :]
+    assert found.choices[0].text == own.decode(wanted, skip_special_tokens=True)
+    shown = row["context"]
+    assert (shown["before"] + shown["token"] + shown["after"]) in Path("train.txt").read_text()
+    assert not out
+    assert "the cat saw" not in err
+    assert "Traceback" not in err
+    assert process.returncode in (0, 130)
 
 
 def test_a_setting_of_one_kind_is_not_read_as_the_other() -> None:

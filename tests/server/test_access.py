@@ -1,31 +1,46 @@
 """Nothing is answered, or even read, without a token; other hosts and pages of other sites are refused."""
 
 import http.client
+import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
+from fastapi.responses import StreamingResponse
+from starlette.routing import BaseRoute, Route
 from starlette.testclient import TestClient
 
+import residual_memory
 from residual_memory.errors import InvalidInput
 from residual_memory.memory import Memory
 from residual_memory.server import create_app
 from residual_memory.server.access import Access
+from residual_memory.server.observing import JsonLines
 from tests.server.conftest import BEARER, TOKEN, Address, queries, running, small_memory
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
 
 
+def routes_of(routes: Sequence[BaseRoute]) -> Iterator[Route]:
+    """All that a router knows, those of the routers that it includes too."""
+    for route in routes:
+        included = getattr(route, "original_router", None)  # newer versions of FastAPI keep routers whole
+        if included is None:
+            assert isinstance(route, Route), "a mount or a web socket, whose paths this test would not know"
+            yield route
+        else:
+            yield from routes_of(included.routes)
+
+
 def paths_of(app: FastAPI) -> list[str]:
     """Every route that there is, its parameters filled in, and one that there is not."""
-    found = [getattr(route, "path") for route in app.routes]  # noqa: B009  # mounts and routes alike
-    assert "/predict" in found
-    assert "/openapi.json" in found
-    assert all(isinstance(route, APIRoute) or "openapi" in getattr(route, "path", "") for route in app.routes)
+    found = [route.path for route in routes_of(app.routes)]
+    assert {"/", "/page/main.js", "/predict", "/openapi.json", "/metrics", "/v2/models/{model}/infer"} < set(found)
+    assert set(app.openapi()["paths"]) < set(found)
     return [path.replace("{model}", "memory").replace("{version}", "1") for path in found] + ["/nothing"]
 
 
@@ -127,7 +142,7 @@ def test_a_token_does_what_its_scopes_say(memory: Memory, path: str, body: dict[
 
 
 @pytest.mark.parametrize(
-    "token", ["short", "with a blank in it and long", "", {"short": {"predict"}}, {TOKEN: {"read"}}]
+    "token", ["short", "with a blank in it and long", "", {}, {"short": {"predict"}}, {TOKEN: {"read"}}]
 )
 def test_tokens_that_protect_nothing_are_refused(token: Any) -> None:
     if token == "":
@@ -142,8 +157,6 @@ def test_a_random_token_is_another_one_each_time(memory: Memory) -> None:
 
 
 def test_logs_hold_neither_token_nor_what_was_asked(memory: Memory, caplog: pytest.LogCaptureFixture) -> None:
-    from residual_memory.server.observing import JsonLines
-
     with caplog.at_level(logging.INFO, "residual_memory.server"), TestClient(create_app(memory, token=TOKEN)) as client:
         client.post("/predict", json=queries(1), headers=BEARER)
         client.post("/predict?secret=1", content=b"secret", headers=BEARER)
@@ -152,6 +165,84 @@ def test_logs_hold_neither_token_nor_what_was_asked(memory: Memory, caplog: pyte
     lines = [JsonLines().format(record) for record in caplog.records]
     assert any('"route": "/predict"' in line for line in lines)
     assert not [line for line in lines if "secret" in line or TOKEN in line or "0.2" in line]
+
+
+def spoken(address: Address, request: bytes) -> bytes:
+    """The answer to bytes, as far as the first of it comes."""
+    with address.connect() as connection:
+        connection.sendall(request)
+        return connection.recv(200)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (b"host: 127.0.0.1", b"200"),
+        (b"host: evil.example", b"403"),
+        (b"host: 127.0.0.1\r\nhost: evil.example", b"403"),
+        (b"host: 127.0.0.1\r\norigin: http://evil.example", b"403"),
+        (b"host: 127.0.0.1\r\norigin: http://[", b"403"),
+        (b"host: 127.0.0.1\r\norigin: null", b"403"),
+        (b"x-forwarded-host: 127.0.0.1\r\nhost: evil.example", b"403"),
+        (b"x-nothing: 1", b"403"),
+    ],
+)
+def test_what_comes_through_other_names_is_refused_on_the_wire(address: Address, lines: bytes, status: bytes) -> None:
+    head = b"GET /info HTTP/1.1\r\nauthorization: Bearer " + TOKEN.encode() + b"\r\n"
+    assert spoken(address, head + lines + b"\r\n\r\n").split(b" ")[1] == status
+
+
+def test_an_address_with_many_fields_is_one_without_a_token(address: Address) -> None:
+    for path in (b"/?" + b"&".join([b"a=1"] * 3000), b"/?token=%ff%fe", b"/%00%ff", b"/?token=" + b"x" * 9000):
+        answer = spoken(address, b"GET " + path + b" HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 401 "), path[:20]
+
+
+def test_a_failure_inside_is_an_answer_and_a_line_with_its_place_and_none_of_its_text(
+    memory: Memory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("canary of the input")
+
+    monkeypatch.setattr(memory.snapshot.id_column, "take", fail)
+    with TestClient(create_app(memory, token=TOKEN), headers=BEARER) as client:
+        for path, told in (("/neighbors", "error"), ("/v2/models/memory/infer", None)):
+            body = {**queries(1), "inputs": []} if told is None else queries(1)
+            answer = client.post(path, json=body)
+            if told is not None:
+                assert answer.status_code == 500
+                assert set(answer.json()["error"]) >= {"type", "message", "cause", "remedy"}
+            assert "canary" not in answer.text
+        assert client.get("/health").status_code == 200
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.levelname == "ERROR"]
+    (line,) = lines
+    assert (line["error"], line["status"], line["route"]) == ("RuntimeError", 500, "/neighbors")
+    file, number = line["place"].split(":")
+    assert (Path(residual_memory.__file__).parent / file).exists()
+    assert int(number) > 0
+    assert "canary" not in str(lines)
+
+
+def test_an_answer_that_fails_in_its_middle_ends_without_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(small_memory(), token=TOKEN)
+
+    @app.get("/breaks")
+    async def breaks() -> StreamingResponse:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"first"
+            raise RuntimeError("canary")
+
+        return StreamingResponse(parts())
+
+    with running(app) as address, address.connect() as connection:
+        connection.sendall(f"GET /breaks HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        content = b""
+        while part := connection.recv(4096):
+            content += part
+    assert b"first" in content
+    assert not content.endswith(b"0\r\n\r\n"), "a client must be able to tell"
+    assert "canary" not in caplog.text
+    assert any(getattr(record, "noted", {}).get("error") == "RuntimeError" for record in caplog.records)
 
 
 def test_a_page_of_another_site_cannot_frame_or_read_it(client: TestClient) -> None:

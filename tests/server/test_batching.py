@@ -57,11 +57,14 @@ def test_more_than_may_wait_are_refused_and_the_others_answered() -> None:
 
 def test_an_error_reaches_those_who_asked_and_nobody_else() -> None:
     def work(asked: Sequence[int]) -> list[int]:
+        time.sleep(0.02)
+        batches.append(list(asked))
         if 3 in asked:
             raise ValueError("three")
         return list(asked)
 
-    batcher: Batcher[int, int] = Batcher(work, lambda _: 1, rows_at_a_time=1, rows_waiting=20)
+    batches: list[list[int]] = []
+    batcher: Batcher[int, int] = Batcher(work, lambda _: 1, rows_at_a_time=8, rows_waiting=20)
 
     async def ask() -> list[object]:
         return await asyncio.gather(*(batcher(number) for number in range(5)), return_exceptions=True)
@@ -69,6 +72,7 @@ def test_an_error_reaches_those_who_asked_and_nobody_else() -> None:
     found = asyncio.run(ask())
     assert [one for one in found if isinstance(one, int)] == [0, 1, 2, 4]
     assert isinstance(found[3], ValueError)
+    assert any(len(batch) > 1 and 3 in batch for batch in batches), "it failed for several at once"
     batcher.stop()
 
 

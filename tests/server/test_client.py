@@ -1,7 +1,10 @@
 """The Python client against a real server."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -10,7 +13,8 @@ import pytest
 import residual_memory as rm
 from residual_memory.evaluation import Setting
 from residual_memory.memory import Memory
-from residual_memory.server import create_app
+from residual_memory.server import Limits, create_app
+from residual_memory.server.service import ArrayService
 from tests.server.conftest import TOKEN, Address, queries, running, small_memory
 
 
@@ -66,10 +70,55 @@ def test_errors_are_those_of_the_library(client: rm.Client, tmp_path: Path) -> N
             reader.forget([1])
 
 
+def test_what_cannot_be_sent_is_refused_here(address: Address) -> None:
+    with rm.Client(address.url, TOKEN) as client:
+        unsayable: list[Any] = [float("nan"), object()]
+        for keys in ([[value] * 8] for value in unsayable):
+            with pytest.raises(rm.errors.InvalidInput, match="cannot be sent"):
+                client.predict(keys, [[0.2] * 5])
+    with pytest.raises(rm.errors.InvalidInput, match="which is none"):
+        rm.Client("http://127.0.0.1:port", TOKEN)
+
+
+def test_rows_are_asked_without_themselves_and_several_ids_go_as_an_array(client: rm.Client) -> None:
+    assert client.predict(ids=[3, 4]).corrected.shape == (2, 5)
+    asked = queries(2)
+    ids = client.add(asked["keys"], np.array([0, 1]), asked["predictions"], ids=np.array([900, 901]))
+    assert ids.tolist() == [900, 901]
+    assert 900 not in [entry["id"] for entry in client.neighbors(ids=[900])[0]]
+    with pytest.raises(rm.errors.DuplicateId):
+        client.add(asked["keys"], [0, 1], asked["predictions"], ids=[900, 902])
+
+
+def test_every_client_of_a_busy_server_is_answered_in_the_end(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
+    answers = ArrayService.answers
+
+    def slow(self: ArrayService, asked: Any) -> Any:
+        time.sleep(0.1)
+        return answers(self, asked)
+
+    monkeypatch.setattr(ArrayService, "answers", slow)
+    app = create_app(memory, token=TOKEN, limits=Limits(in_flight=2))
+    with running(app) as address, rm.Client(address.url, TOKEN) as client, ThreadPoolExecutor(6) as pool:
+        keys, said = queries(1).values()
+        found = list(pool.map(lambda _: client.predict(keys, said), range(6)))
+        refused = client.metrics()
+    assert len(found) == 6
+    assert 'route="/predict",status="200"} 6.0' in refused
+
+
+def test_another_server_is_told_from_ours() -> None:
+    for answer in (httpx.Response(200, text="<html>"), httpx.Response(200, json=[1])):
+        with rm.Client("http://server", TOKEN, transport=httpx.MockTransport(lambda _, it=answer: it)) as client:
+            assert not client.health()
+            with pytest.raises(rm.errors.ServerFailure, match="right address"):
+                client.info()
+
+
 def test_a_wrong_token_and_no_server_are_failures_of_the_server(address: Address) -> None:
     with rm.Client(address.url, "not-the-token-at-all") as client, pytest.raises(rm.errors.ServerFailure, match="401"):
         client.info()
-    with rm.Client("http://127.0.0.1:9", TOKEN, timeout=2) as client:
+    with rm.Client("http://127.0.0.1:9", TOKEN, timeout=2.0) as client:
         assert not client.health()
         with pytest.raises(rm.errors.ServerFailure, match="does not answer"):
             client.info()

@@ -14,7 +14,7 @@ from residual_memory.correction import ById
 from residual_memory.evaluation import Setting
 from residual_memory.memory import Memory
 from residual_memory.server import create_app
-from residual_memory.survey import survey
+from residual_memory.surveying import survey
 from tests.problems import classification, memory_of, regression
 from tests.server.conftest import BEARER, TOKEN, small_memory
 
@@ -149,6 +149,25 @@ def test_pictures_are_png_files(memory: Memory, image: Any) -> None:
             assert client.get("/picture", params={"id": name}).status_code == 404
 
 
+def test_a_row_that_came_later_or_is_forgotten_has_no_picture(memory: Memory) -> None:
+    problem = classification(n=2, q=1, d=8, c=5, seed=3)
+    memory.append(problem.keys, problem.labels, problem.predictions)
+    with TestClient(create_app(memory, token=TOKEN, examples=Pictures(np.zeros((3, 8, 8)))), headers=BEARER) as client:
+        client.post("/forget", json={"ids": [7]})
+        assert client.get("/picture", params={"id": 7}).status_code == 404
+        assert client.get("/picture", params={"id": 300}).status_code == 404
+        rows = client.post("/rows", json={"ids": [6, 7, 301]}).json()["rows"]
+    assert [(row["id"], row["picture"]) for row in rows] == [(6, True), (301, False)]
+
+
+def test_copies_of_an_image_have_its_picture() -> None:
+    problem = classification(n=600, q=1, d=8, c=5)
+    memory = Memory.create(dim=8, n_outputs=5)
+    memory.append(problem.keys, problem.labels, problem.predictions, groups=np.arange(600) % 300)
+    with TestClient(create_app(memory, token=TOKEN, examples=Pictures(np.zeros((3, 8, 8)))), headers=BEARER) as client:
+        assert client.get("/picture", params={"id": 599}).status_code == 200
+
+
 def test_without_examples_there_are_no_pictures(client: TestClient) -> None:
     assert client.get("/picture", params={"id": 5}).status_code == 404
     assert not client.get("/info").json()["pictures"]
@@ -169,7 +188,7 @@ def test_rows_say_what_they_carry() -> None:
     with TestClient(create_app(memory, token=TOKEN), headers=BEARER) as client:
         (row,) = client.post("/rows", json={"ids": [300]}).json()["rows"]
     assert (row["owner"], row["tags"], row["snippet"]) == ("ann", ["new"], "a text")
-    assert row["base"] == pytest.approx(problem.predictions[0, problem.labels[0]], abs=1e-6)
+    assert row["missed"] == pytest.approx(1 - problem.predictions[0, problem.labels[0]], abs=1e-6)
 
 
 def test_every_file_of_the_page_is_served_and_nothing_else(client: TestClient) -> None:

@@ -74,6 +74,37 @@ def test_what_does_not_fit_is_refused(client: TestClient, change: dict[str, Any]
     assert client.post("/v2/models/memory/infer", json={**tensors(), **change}).status_code == 422
 
 
+def test_a_failure_is_an_error_in_one_string(client: TestClient) -> None:
+    for answer in (
+        client.get("/v2/models/other"),
+        client.get("/v2/models/memory/versions/7"),
+        client.get("/v2/nothing"),
+        client.post("/v2/models/memory/infer", content=b"{"),
+        client.post("/v2/models/memory/infer", json=tensors(), headers={"authorization": "Bearer wrong"}),
+    ):
+        assert answer.status_code in (401, 404, 422)
+        assert list(answer.json()) == ["error"]
+        assert isinstance(answer.json()["error"], str)
+
+
+def test_a_version_is_the_memorys(client: TestClient) -> None:
+    assert client.get("/v2/models/memory").json()["versions"] == ["1"]
+    assert client.post("/v2/models/memory/versions/1/infer", json=tensors()).json()["model_version"] == "1"
+    client.post("/forget", json={"ids": [1]})
+    assert client.post("/v2/models/memory/versions/1/infer", json=tensors()).status_code == 404
+    assert client.post("/v2/models/memory/versions/2/infer", json=tensors()).json()["model_version"] == "2"
+
+
+@pytest.mark.filterwarnings("ignore::residual_memory.errors.FewerNeighbors")
+def test_neighbors_are_as_many_as_there_are(memory: Memory) -> None:
+    memory.forget(memory.ids[3:])
+    with TestClient(create_app(memory, token=TOKEN), headers=BEARER) as client:
+        wanted = [{"name": "neighbor_ids"}, {"name": "neighbor_distances"}]
+        told = client.post("/v2/models/memory/infer", json=tensors(outputs=wanted)).json()["outputs"]
+    assert [output["shape"] for output in told] == [[2, 3], [2, 3]]
+    assert None not in told[1]["data"]
+
+
 @pytest.mark.parametrize("header", ["-1", "1e3", "99999999", "x", "²"])
 def test_a_header_that_lies_about_its_length_is_refused(client: TestClient, header: str) -> None:
     content = json.dumps(tensors()).encode()
@@ -94,11 +125,20 @@ def served() -> Iterator[tuple[Address, Memory]]:
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritons_client_works_unchanged(served: tuple[Address, Memory], binary: bool) -> None:
     http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
+    utils = pytest.importorskip("tritonclient.utils", reason="tritonclient is not installed")
     address, memory = served
+
+    def bearer() -> dict[str, str]:
+        """Afresh, as the client adds to what it is given."""
+        return dict(BEARER)
+
     triton = http.InferenceServerClient(f"{address.host}:{address.port}")
-    assert triton.is_server_live(headers=BEARER)
-    assert triton.is_model_ready("memory", headers=BEARER)
-    assert triton.get_model_metadata("memory", headers=BEARER)["platform"] == "residual-memory"
+    assert triton.is_server_live(headers=bearer())
+    assert triton.is_server_ready(headers=bearer())
+    assert triton.is_model_ready("memory", headers=bearer())
+    assert not triton.is_model_ready("other", headers=bearer())
+    assert triton.get_server_metadata(headers=bearer())["name"] == "residual-memory"
+    assert triton.get_model_metadata("memory", "1", headers=bearer())["platform"] == "residual-memory"
     asked = queries(2)
     inputs = []
     for name in ("keys", "predictions"):
@@ -107,10 +147,12 @@ def test_tritons_client_works_unchanged(served: tuple[Address, Memory], binary: 
         tensor.set_data_from_numpy(values, binary_data=binary)
         inputs.append(tensor)
     wanted = [http.InferRequestedOutput(name, binary_data=binary) for name in ("corrected", "neighbor_ids")]
-    found = triton.infer("memory", inputs, outputs=wanted, request_id="42", headers=BEARER)
+    found = triton.infer("memory", inputs, outputs=wanted, request_id="42", headers=bearer())
     np.testing.assert_allclose(found.as_numpy("corrected"), expected(memory), atol=1e-6)
     assert found.as_numpy("neighbor_ids").shape == (2, 50)
     assert found.get_response()["id"] == "42"
-    everything = triton.infer("memory", inputs, headers=BEARER)
+    everything = triton.infer("memory", inputs, headers=bearer())
     np.testing.assert_allclose(everything.as_numpy("corrected"), expected(memory), atol=1e-6)
+    with pytest.raises(utils.InferenceServerException, match="there is no output 'secrets'"):
+        triton.infer("memory", inputs, outputs=[http.InferRequestedOutput("secrets")], headers=bearer())
     triton.close()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import residual_memory as rm
+from residual_memory.memory import Memory
 from residual_memory.server import Limits, create_app
 from residual_memory.server.service import ArrayService
 from tests.server.conftest import BEARER, TOKEN, Address, queries, running, small_memory
@@ -87,6 +89,54 @@ def test_slow_clients_are_cut_off_and_honest_ones_are_not(address: Address, firs
         feeder.join()
     assert max(ends) < FAST.header_seconds + 1
     assert ask(address)[0] == 200
+
+
+def test_slow_bodies_take_no_place_from_honest_clients() -> None:
+    limits = Limits(in_flight=2, uploads=20, body_seconds=5.0)
+    with running(create_app(small_memory(), token=TOKEN, limits=limits)) as address:
+        slow = [address.connect() for _ in range(20)]
+        for connection in slow:
+            connection.sendall(HEAD + b"content-length: 1000\r\n\r\n{")
+        assert [ask(address)[0] for _ in range(3)] == [503] * 3, "all that may be on their way are"
+        slow.pop().close()
+        deadline = time.monotonic() + 2
+        while (status := ask(address)[0]) != 200:
+            assert (status, time.monotonic() < deadline) == (503, True)
+        assert [ask(address)[0] for _ in range(3)] == [200] * 3
+        body = json.dumps(queries(1)).encode()
+        slow[0].sendall(body[1:].ljust(999))
+        assert slow[0].recv(100).startswith(b"HTTP/1.1 200 "), "and the slow are answered when they are there"
+        for connection in slow:
+            connection.close()
+
+
+def test_trailers_and_extensions_without_end_are_cut_off(address: Address) -> None:
+    for more in (b"0\r\n" + b"x-more: 1\r\n" * 5000, b"1;" + b"x" * 50_000, b"0\r\nx-long: " + b"x" * 50_000):
+        for first in (HEAD, HEAD.replace(TOKEN.encode(), b"wrong")):
+            with address.connect() as connection:
+                connection.sendall(first + b"transfer-encoding: chunked\r\n\r\n")
+                time.sleep(0.05)  # or all of it is one packet, which is small enough
+                try:
+                    connection.sendall(more)
+                except ConnectionError:
+                    pass
+                (seconds,) = until_closed([connection])
+            assert seconds < FAST.body_seconds / 2, "by its size, not by its time"
+    assert ask(address)[0] == 200
+
+
+def test_what_comes_too_slowly_behind_a_request_is_not_answered_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ArrayService, "answers", slowed(1.0))
+    limits = Limits(header_seconds=0.4)
+    body = json.dumps(queries(1)).encode()
+    with running(create_app(small_memory(), token=TOKEN, limits=limits)) as address, address.connect() as connection:
+        connection.sendall(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(0.1)
+        connection.sendall(b"GET /inf")
+        content = b""
+        while part := connection.recv(4096):
+            content += part
+    assert b"408" not in content
 
 
 def test_a_client_that_takes_its_time_within_the_limit_is_answered(address: Address) -> None:
@@ -189,6 +239,23 @@ def test_an_answer_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
         status, headers = ask(address)
         assert (status, headers["retry-after"]) == (503, "1")
         assert time.monotonic() - started < 0.9
+
+
+def test_a_change_is_never_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told that it came too late asks again, and the rows are there twice."""
+    memory = small_memory()
+    append = Memory.append
+
+    def slow(self: Memory, *given: Any, **more: Any) -> Any:
+        time.sleep(0.5)
+        return append(self, *given, **more)
+
+    monkeypatch.setattr(Memory, "append", slow)
+    with running(create_app(memory, token=TOKEN, limits=Limits(answer_seconds=0.2))) as address:
+        with rm.Client(address.url, TOKEN) as client:
+            asked = queries(1)
+            assert client.add(asked["keys"], [1], asked["predictions"]).tolist() == [300]
+    assert len(memory) == 301
 
 
 def test_requests_under_way_are_answered_when_the_server_stops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from tests.problems import classification
 from tests.server.conftest import TOKEN, Address, running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -123,11 +124,11 @@ def test_hostile_text_is_shown_as_text(visit: Visit) -> None:
 def test_a_memory_is_switched_off_and_on_by_its_button(visit: Visit) -> None:
     first = cards(visit).first
     name, before = first.get_attribute("data-id"), visit.page.inner_text("#answer .bars")
-    first.get_by_text("Without it").click()
+    first.get_by_role("button", name="Off").click()
     visit.page.wait_for_selector(f'.card.off[data-id="{name}"]')
     without = visit.page.inner_text("#answer .bars")
     assert without != before
-    visit.page.locator(f'.card.off[data-id="{name}"]').get_by_text("With it", exact=True).click()
+    visit.page.locator(f'.card.off[data-id="{name}"]').get_by_role("button", name="On").click()
     visit.page.wait_for_selector(".card.off", state="detached")
     assert visit.page.inner_text("#answer .bars") == before
 
@@ -139,8 +140,8 @@ def test_a_memory_is_forgotten_after_a_question_and_the_log_tells(visit: Visit) 
     assert "300 memories" in visit.page.inner_text("#facts")
     cards(visit).first.get_by_text("Forget").click()
     visit.page.locator("#confirm").get_by_role("button", name="Forget").click()
-    visit.page.wait_for_function("document.querySelector('#facts').textContent.includes('299 memories')")
-    assert visit.page.locator(f'#answer .card[data-id="{name}"]').count() == 0
+    expect(visit.page.locator("#facts")).to_contain_text("299 memories")
+    expect(visit.page.locator(f'#answer .card[data-id="{name}"]')).to_have_count(0)
     visit.page.get_by_role("tab", name="Log").click()
     visit.page.wait_for_selector("#view-log td")
     assert "forgot" in visit.page.inner_text("#view-log tbody tr:first-child")
@@ -155,7 +156,7 @@ def test_what_is_pasted_is_explained_and_remembered(visit: Visit) -> None:
     before = visit.page.inner_text("#answer .bars")
     visit.page.fill("[aria-label='True label']", HOSTILE[3])
     visit.page.keyboard.press("Enter")
-    visit.page.wait_for_function("document.querySelector('#facts').textContent.includes('301 memories')")
+    expect(visit.page.locator("#facts")).to_contain_text("301 memories")
     visit.page.wait_for_selector('#answer .card[data-id="300"]')
     assert visit.page.inner_text("#answer .bars") != before
 
@@ -177,9 +178,7 @@ def test_the_keyboard_does_all_of_it(visit: Visit) -> None:
     assert visit.page.evaluate("document.activeElement.id") == "row"
     visit.page.keyboard.type("5")
     visit.page.keyboard.press("Enter")
-    visit.page.wait_for_function(
-        "document.querySelector('#answer .verdict')?.textContent.includes('asked without itself')"
-    )
+    expect(visit.page.locator("#answer .verdict")).to_contain_text("asked without itself")
     first, second = (cards(visit).nth(place).get_attribute("data-id") for place in (0, 1))
     visit.page.locator("#answer .card").first.focus()
     visit.page.keyboard.press("ArrowRight")
@@ -192,7 +191,7 @@ def test_the_keyboard_does_all_of_it(visit: Visit) -> None:
     visit.page.keyboard.press("Escape")
     visit.page.locator(f'#answer .card[data-id="{first}"]').focus()
     visit.page.keyboard.press("e")
-    visit.page.wait_for_function(f"document.querySelector('#row').value === '{first}'")
+    expect(visit.page.locator("#row")).to_have_value(str(first))
     visit.page.locator("body").press("3")
     assert visit.page.get_by_role("tab", name="Roses").get_attribute("aria-selected") == "true"
     visit.page.keyboard.press("ArrowRight")

@@ -57,6 +57,16 @@ def test_an_explanation_adds_up_to_what_is_predicted(client: TestClient) -> None
     assert sum(entry["share"] for entry in told["neighbors"]) == pytest.approx(1)
 
 
+def test_the_weightiest_memories_are_listed_where_they_are_wanted(client: TestClient) -> None:
+    (nearest,) = client.post("/explain", json={**queries(1), "neighbors": 50}).json()["queries"]
+    (weightiest,) = client.post("/explain", json={**queries(1), "neighbors": 3, "order": "share"}).json()["queries"]
+    (agreeing,) = client.post("/explain", json={**queries(1), "order": "answer"}).json()["queries"]
+    assert agreeing["neighbors"][0]["label"] == agreeing["outputs"][0]["output"]
+    shares = sorted((entry["share"] for entry in nearest["neighbors"]), reverse=True)
+    assert [entry["share"] for entry in weightiest["neighbors"]] == shares[:3]
+    assert weightiest["share_of_more"] == pytest.approx(sum(shares[3:]))
+
+
 def test_what_is_left_out_once_answers_as_if_it_were_forgotten(client: TestClient, memory: Memory) -> None:
     asked = queries(1)
     (first,) = client.post("/explain", json=asked).json()["queries"]

@@ -229,6 +229,8 @@ def examples_at(option: str, data: str, memory: Memory, image_size: int | None) 
     DataNotFound, InvalidInput : if there are no such data, or they are keys or text.
     """
     found = open_data(data, image_size=image_size, class_names=memory.class_names)
-    if isinstance(found, Rows | TextFile):
-        raise InvalidInput(f"{option} is {data}, which holds no images or rows of a table; name what the keys are of")
+    if isinstance(found, Rows):
+        raise InvalidInput(f"{option} is {data}, which holds keys and no examples; name what the keys are of")
+    if isinstance(found, TextFile):
+        raise InvalidInput(f"{option} is {data}, but the memory at {memory.path} is of no text; name its own data")
     return found

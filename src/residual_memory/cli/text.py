@@ -1,7 +1,7 @@
 """Text: a file of documents, and the language model and tokenizer that read it."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ class TextReading:
         stride = self.stride or length
         if stride > length:
             raise InvalidInput(f"--stride is {stride:,}, expected at most the length of a window, {length:,}")
-        return Windows(Encoded(file, _encoder(tokenizer)), length, end=tokenizer.eos_token_id, stride=stride)
+        return Windows(encoded(file, tokenizer), length, end=tokenizer.eos_token_id, stride=stride)
 
     @property
     def precision(self) -> Any:
@@ -167,8 +167,9 @@ def _is_folder(option: str, reference: str) -> bool:
     return path.is_dir()
 
 
-def _encoder(tokenizer: Any) -> Callable[[str], Any]:
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+def encoded(file: TextFile, tokenizer: Any) -> Encoded:
+    """The documents as token numbers."""
+    return Encoded(file, lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 @contextmanager

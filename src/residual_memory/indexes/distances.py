@@ -184,6 +184,14 @@ def scoring_threads() -> int:
     return faiss.omp_get_max_threads()
 
 
+def leave_a_core() -> None:
+    """Let faiss use one thread less on the calling thread: they wait for each other in a loop where one is held up."""
+    if _has_faiss():
+        import faiss
+
+        faiss.omp_set_num_threads(max(1, faiss.omp_get_max_threads() - 1))
+
+
 @cache
 def _has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None

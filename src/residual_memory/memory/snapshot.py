@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, Integer, Shaped
@@ -22,6 +23,7 @@ from residual_memory.memory.storage import MappedPlace, mapped_place
 from residual_memory.residuals import classification_residuals, dense, regression_residuals
 from residual_memory.types import TopM
 
+BLOCK_ROWS = 1024  # whose predictions are held at a time
 Table = Mapping[str, ndarray]  # the columns of one segment
 _Run = tuple[slice, ndarray, ndarray]  # where in an order, the part that is read, and which of its rows
 
@@ -206,6 +208,11 @@ class Snapshot:
             return np.full(len(ids), -1)
         return find_rows(self._segment_ids, self.alive, ids)
 
+    def groups(self, rows: Int64[ndarray, " b"]) -> list[Any]:
+        """The group of each of these rows; None in a memory without groups."""
+        column = self.group_column
+        return [None] * len(rows) if column is None else column.take(rows).tolist()
+
     def attributes(self, rows: Int64[ndarray, " b"]) -> Attributes:
         """What these rows carry beside the numbers."""
         runs, places = self.by_segment(rows)
@@ -241,6 +248,25 @@ class Snapshot:
         if self.layout.task == "regression":
             return regression_residuals(targets, predictions)
         return classification_residuals(targets, predictions, temperature)
+
+    def residual_sizes(self, rows: Int64[ndarray, " b"]) -> Float[ndarray, " b"]:
+        """What the base missed of each row: 1 minus its probability of the label, or the distance of its value."""
+        sizes = np.empty(len(rows))
+        for start in range(0, len(rows), BLOCK_ROWS):
+            here = slice(start, start + BLOCK_ROWS)
+            sizes[here] = self._missed(rows[here])
+        return np.maximum(sizes, 0)
+
+    def _missed(self, rows: Int64[ndarray, " b"]) -> Float[ndarray, " b"]:
+        targets = self.targets(rows)
+        if self.layout.task == "regression":
+            return np.linalg.norm(targets - self.predictions(rows), axis=1)
+        if self.layout.residuals == "dense":
+            return 1 - self.predictions(rows)[np.arange(len(rows)), targets]
+        said = self.top_m(rows)
+        listed = said.indices == targets[:, None]
+        beyond = said.rest / max(self.layout.n_outputs - listed.shape[1], 1)
+        return 1 - np.where(listed.any(axis=1), (said.probabilities * listed).sum(axis=1), beyond)
 
     def predictions(self, rows: Int64[ndarray, "*b"]) -> Float[ndarray, "*b c"]:
         """What the base said of these rows, at temperature 1, as whole distributions."""

@@ -83,6 +83,11 @@ class Source:
         return Source(**values)
 
     @property
+    def of_text(self) -> bool:
+        """Whether the rows are tokens, of a language model."""
+        return "keep" in self.data
+
+    @property
     def part(self) -> tuple[int, int, int] | None:
         """First row, end, and how many rows the whole has, of a part; None of a whole memory."""
         found = self.data.get("part")
@@ -146,7 +151,7 @@ class Builder:
         self._memory.append(
             np.concatenate([batch.keys for batch in waiting]),
             np.concatenate([batch.labels for batch in waiting]),
-            _joined([batch.predictions for batch in waiting]),
+            joined_predictions([batch.predictions for batch in waiting]),
             ids=np.concatenate([batch.ids for batch in waiting]),
             groups=_joined_groups(waiting),
             **_joined_carried(waiting),
@@ -190,7 +195,8 @@ def _width(observations: Observations) -> int | None:
     return observations.predictions.indices.shape[1] if isinstance(observations.predictions, TopM) else None
 
 
-def _joined(predictions: list[Any]) -> Any:
+def joined_predictions(predictions: list[Any]) -> Any:
+    """Those of several batches as one."""
     if isinstance(predictions[0], TopM):
         columns = ("indices", "probabilities", "rest")
         return TopM(*(np.concatenate([getattr(batch, name) for batch in predictions]) for name in columns))

@@ -306,11 +306,14 @@ class _Telling:
     def _case(self, row: int, ids: Shaped[ndarray, " k"], weights: Float[ndarray, " k"]) -> Case:
         ids, weights = ids[weights > 0], weights[weights > 0]
         snapshot = self._memory.snapshot
-        truth, labels = self._rows.labels[row], snapshot.targets(snapshot.rows_of(ids))
+        rows = snapshot.rows_of(ids)
+        truth, labels, groups = self._rows.labels[row], snapshot.targets(rows), snapshot.groups(rows)
         before, after, scores = self._said_of(row)
         near = tuple(
-            Near(self._example(self._examples, name, self._label(label)), float(weight), self._agrees(row, label))
-            for name, label, weight in zip(ids.tolist(), labels, weights, strict=True)
+            Near(
+                self._example(self._examples, name, self._label(label), group), float(weight), self._agrees(row, label)
+            )
+            for name, label, weight, group in zip(ids.tolist(), labels, weights, groups, strict=True)
         )
         return Case(self._example(self._held_out, row, self._label(truth)), before, after, scores, near)
 
@@ -340,7 +343,10 @@ class _Telling:
             return class_label(self._memory, int(label)).replace("_", " ")
         return ", ".join(f"{value:.4g}" for value in np.ravel(label))
 
-    def _example(self, examples: Examples | None, name: int | str, label: str) -> Example:
-        if examples is None:
+    def _example(
+        self, examples: Examples | None, name: int | str, label: str, group: int | str | None = None
+    ) -> Example:
+        place = None if examples is None else examples.find(name, group)
+        if examples is None or place is None:
             return Example(str(name), label)
-        return Example(str(name), label, examples.picture(name), examples.cells(name))
+        return Example(str(name), label, examples.picture(place), examples.cells(place))

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from residual_memory.errors import InvalidInput
 from residual_memory.server.refusals import Forbidden, Unauthorized
@@ -40,10 +40,12 @@ class Access:
 
         Raises
         ------
-        InvalidInput : if a token is short, or a scope unknown.
+        InvalidInput : if there is no token, one is short, or a scope unknown.
         """
         given: Mapping[str, Collection[str]]
         given = {token or secrets.token_urlsafe(32): SCOPES} if token is None or isinstance(token, str) else token
+        if not given:
+            raise InvalidInput("there is no token, expected at least one; leave it out to have a random one made")
         for name, scopes in given.items():
             if len(name) < FEWEST_CHARACTERS or not name.isascii() or not name.isprintable() or " " in name:
                 raise InvalidInput(
@@ -76,7 +78,7 @@ class Access:
         Forbidden : if it comes through a host or from an origin that is not served.
         """
         cookie = cookie_in(headers, port)
-        kind, _, shown = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        kind, _, shown = _text(headers.get(b"authorization", b"")).partition(" ")
         scopes = self.scopes_of(shown.strip()) if kind.lower() == "bearer" else self.scopes_of(cookie or "")
         if scopes is None:
             raise Unauthorized("the request has no valid token; send the header 'Authorization: Bearer TOKEN'")
@@ -93,11 +95,11 @@ class Access:
         ------
         Forbidden : naming what was found.
         """
-        host = headers.get(b"host", b"").decode("latin-1")
+        host = _text(headers.get(b"host", b""))
         if not self._serves(host):
             raise Forbidden(f"the request is for host {host[:80]!r}, which is not served; start with --allow-host NAME")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(_text(origin)).netloc.lower() != host.lower():
+        if origin is not None and _text(origin).partition("://")[2].lower() != host.lower():
             raise Forbidden("the request comes from the page of another site; ask from the server's own page")
 
     def _serves(self, host: str) -> bool:
@@ -113,7 +115,7 @@ def cookie_name(port: int) -> str:
 def cookie_in(headers: Headers, port: int) -> str | None:
     """The token that a browser was given."""
     wanted = cookie_name(port)
-    for part in headers.get(b"cookie", b"").decode("latin-1").split(";"):
+    for part in _text(headers.get(b"cookie", b"")).split(";"):
         name, _, value = part.strip().partition("=")
         if name == wanted:
             return value
@@ -122,7 +124,7 @@ def cookie_in(headers: Headers, port: int) -> str | None:
 
 def token_in_query(query: bytes) -> str | None:
     """The token in the address that the server prints when it starts."""
-    return next(iter(parse_qs(query.decode("latin-1"), max_num_fields=10).get("token", [])), None)
+    return next(iter(parse_qs(_text(query)).get("token", [])), None)
 
 
 def _text(value: bytes) -> str:

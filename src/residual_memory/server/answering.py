@@ -11,68 +11,76 @@ from starlette.concurrency import run_in_threadpool
 
 from residual_memory._version import __version__
 from residual_memory.errors import InvalidInput
-from residual_memory.server import asked
+from residual_memory.server import answered, asked
 from residual_memory.server.access import Scope
 from residual_memory.server.batching import Batcher
 from residual_memory.server.observing import Observer
+from residual_memory.server.openapi import described
 from residual_memory.server.refusals import Forbidden
 from residual_memory.server.service import Answer, Query, Service
 
 Body = TypeVar("Body", bound=asked.Asked)
 
-
 NAMES = 2_000  # of classes that are listed
+EXPLAINED = 256  # queries of a request for explanations, which are many numbers each
 
 
 def answering(service: Service, batcher: Batcher[Query, Answer], observer: Observer, *, pictures: bool) -> APIRouter:
     """Routes over a service; predictions go through the batcher."""
     router = APIRouter()
 
-    @router.get("/health", **described("Whether the server answers."))
+    @router.get("/health", **described("Whether the server answers.", answer=answered.Health))
     async def health(request: Request) -> Response:
         return as_json({"status": "ok", "version": service.memory.version})
 
-    @router.get("/metrics", **described("Counters in the text format of Prometheus."))
+    @router.get("/metrics", **described("Counters in the text format of Prometheus.", media="text/plain"))
     async def metrics(request: Request) -> Response:
         return Response(observer.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.get("/info", **described("What the memory holds, and how it is used."))
+    @router.get("/info", **described("What the memory holds, and how it is used.", answer=answered.Info))
     async def info(request: Request) -> Response:
         return as_json({**facts(service), "pictures": pictures})
 
-    @router.post("/predict", **described("Base and corrected predictions.", asked.Predict))
+    @router.post("/predict", **described("Base and corrected predictions.", asked.Predict, answered.Predicted))
     async def predict(request: Request) -> Response:
         needs(request, "predict")
         body = await body_of(request, asked.Predict)
+        if body.ids is not None:
+            needs(request, "explain")  # already which ids there are tells who is in the memory
         query = service.query(body.keys, body.predictions, body.inputs, body.ids)
-        if query.own is not None:
-            needs(request, "explain")
         answer = await batcher(query)
         return as_json({"version": service.memory.version, **predicted(service, answer, body.top)})
 
-    @router.post("/neighbors", **described("The nearest memories.", asked.Neighbors))
+    @router.post("/neighbors", **described("The nearest memories.", asked.Neighbors, answered.NeighborsFound))
     async def neighbors(request: Request) -> Response:
         needs(request, "explain")
         body = await body_of(request, asked.Neighbors)
 
         def work() -> list[Any]:
-            query = service.query(body.keys, body.predictions, body.inputs, body.ids)
+            query = few(service.query(body.keys, body.predictions, body.inputs, body.ids))
             return service.neighbors(query, body.n_neighbors, body.without)
 
         return as_json({"queries": await run_in_threadpool(work)})
 
-    @router.post("/explain", **described("Which memories corrected each prediction, and by how much.", asked.Explain))
+    @router.post(
+        "/explain",
+        **described("Which memories corrected each prediction, and by how much.", asked.Explain, answered.Explained),
+    )
     async def explain(request: Request) -> Response:
         needs(request, "explain")
         body = await body_of(request, asked.Explain)
 
         def work() -> list[Any]:
-            query = service.query(body.keys, body.predictions, body.inputs, body.ids)
-            return service.explain(query, without=body.without, n_neighbors=body.neighbors, n_outputs=body.outputs)
+            query = few(service.query(body.keys, body.predictions, body.inputs, body.ids))
+            return service.explain(
+                query, without=body.without, n_neighbors=body.neighbors, n_outputs=body.outputs, order=body.order
+            )
 
         return as_json({"queries": await run_in_threadpool(work), "version": service.memory.version})
 
-    @router.post("/add", **described("Add examples; they are durable when the answer comes.", asked.Add))
+    @router.post(
+        "/add", **described("Add examples; they are durable when the answer comes.", asked.Add, answered.Added)
+    )
     async def add(request: Request) -> Response:
         needs(request, "write")
         body = await body_of(request, asked.Add)
@@ -82,16 +90,18 @@ def answering(service: Service, batcher: Batcher[Query, Answer], observer: Obser
             query = service.query(body.keys, body.predictions, body.inputs)
             return service.add(query, body.labels, body.ids, body.groups, **carried)
 
+        request.scope["state"]["take_time"]()
         ids = await run_in_threadpool(work)
         observer.changed.labels("add").inc(len(ids))
         return as_json({"ids": ids.tolist(), "rows": len(service.memory), "version": service.memory.version})
 
-    @router.post("/forget", **described("Take rows out of use at once.", asked.Forget))
+    @router.post("/forget", **described("Take rows out of use at once.", asked.Forget, answered.Forgotten))
     async def forget(request: Request) -> Response:
         needs(request, "write")
         body = await body_of(request, asked.Forget)
         if (body.ids is None) == (body.where is None):
             raise InvalidInput("the request has both ids and where, or neither, expected one of them")
+        request.scope["state"]["take_time"]()
         gone = await run_in_threadpool(lambda: service.forget(body.ids, body.where))
         observer.changed.labels("forget").inc(gone)
         return as_json({"forgotten": gone, "rows": len(service.memory), "version": service.memory.version})
@@ -157,6 +167,18 @@ def needs(request: Request, scope: Scope) -> None:
         raise Forbidden(f"the token is without the scope {scope!r}; ask with one that has it")
 
 
+def few(query: Query) -> Query:
+    """Refuse more queries than can be explained at a time.
+
+    Raises
+    ------
+    InvalidInput : if there are more.
+    """
+    if len(query) > EXPLAINED:
+        raise InvalidInput(f"the request has {len(query):,} queries, expected at most {EXPLAINED}; ask in parts")
+    return query
+
+
 async def body_of(request: Request, kind: type[Body]) -> Body:
     """A request's body, checked.
 
@@ -164,8 +186,18 @@ async def body_of(request: Request, kind: type[Body]) -> Body:
     ------
     InvalidInput : naming the first place that does not fit.
     """
+    return read(kind, await request.body())
+
+
+def read(kind: type[Body], content: bytes) -> Body:
+    """A body that has come, checked.
+
+    Raises
+    ------
+    InvalidInput : naming the first place that does not fit.
+    """
     try:
-        return kind.model_validate_json(await request.body())
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"])) or "the body"
@@ -175,25 +207,3 @@ async def body_of(request: Request, kind: type[Body]) -> Body:
 def as_json(content: Any) -> Response:
     """Plain values and arrays as JSON."""
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
-
-
-def described(summary: str, body: type[asked.Asked] | None = None) -> dict[str, Any]:
-    """What the OpenAPI document says of a route, whose body is read by `body_of`."""
-    told: dict[str, Any] = {"summary": summary, "responses": REFUSALS}
-    if body is not None:
-        content = {"application/json": {"schema": body.model_json_schema()}}
-        told["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
-    return told
-
-
-_ERROR = {"content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}}}
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {"description": "No token, or a wrong one.", **_ERROR},
-    403: {"description": "The token is without the scope, or the memory is open read-only.", **_ERROR},
-    404: {"description": "The memory does not hold an id.", **_ERROR},
-    409: {"description": "An id is there already.", **_ERROR},
-    413: {"description": "The body is too large.", **_ERROR},
-    422: {"description": "The body is not one that fits the memory.", **_ERROR},
-    429: {"description": "Too many queries wait.", **_ERROR},
-    503: {"description": "Too many requests are under way, or the server stops.", **_ERROR},
-}

@@ -2,16 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
 from residual_memory._version import __version__
-from residual_memory.errors import MissingExtra, ResidualMemoryError
+from residual_memory.errors import InvalidInput, MissingExtra
+from residual_memory.indexes.distances import leave_a_core
 from residual_memory.memory import Memory
 
 try:
-    import orjson
     from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import Response
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -26,7 +27,8 @@ try:
     from residual_memory.server.limits import Limits
     from residual_memory.server.models import service_for
     from residual_memory.server.observing import LOG, Observer
-    from residual_memory.server.refusals import refusal
+    from residual_memory.server.openapi import describe, operation_id
+    from residual_memory.server.refusals import NoSuchRoute, refusal
     from residual_memory.server.service import MAX_WEIGHT, Answer, ArrayService, Query, Service
 except ImportError as error:
     raise MissingExtra("the server", "serve") from error
@@ -81,7 +83,7 @@ def create_app(
         memory, model, setting=setting, index=index, max_weight=max_weight, tokenizer=tokenizer, text=text
     )
     batcher: Batcher[Query, Answer] = Batcher(
-        service.answers, len, rows_at_a_time=bounds.rows_a_search, rows_waiting=bounds.rows
+        service.answers, len, rows_at_a_time=bounds.rows_a_search, rows_waiting=bounds.rows, begin=leave_a_core
     )
 
     @contextlib.asynccontextmanager
@@ -96,7 +98,10 @@ def create_app(
         version=__version__,
         docs_url=None,  # it loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=operation_id,
         lifespan=running,
+        exception_handlers={RequestValidationError: _misasked, HTTPException: _unknown},
     )
     app.state.token, app.state.limits, app.state.service = access.token, bounds, service
     shown = examples_for(examples)
@@ -111,8 +116,7 @@ def create_app(
 
         assert isinstance(service, TextService)
         app.include_router(completing(service, name))
-    app.add_exception_handler(ResidualMemoryError, _refused(bounds))
-    app.add_exception_handler(HTTPException, _unknown)
+    describe(app)
     _watch_figures(observer, service, batcher)
     app.add_middleware(Guard, access=access, limits=bounds, observer=observer, login_page=LOGIN_PAGE)
     return app
@@ -128,20 +132,19 @@ async def _refreshing(service: Service) -> None:
             LOG.exception("refresh failed")
 
 
-def _refused(limits: Limits) -> Callable[[Request, Exception], Response]:
-    def answer(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ResidualMemoryError)
-        status, headers, body = refusal(error, limits.retry_seconds)
-        return Response(body, status, dict(headers))
-
-    return answer
+async def _misasked(request: Request, error: Exception) -> Response:
+    """A parameter in the address that does not fit; `Guard` answers."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    raise InvalidInput(f"{first['loc'][-1]}: {first['msg']}")
 
 
-def _unknown(request: Request, error: Exception) -> Response:
+async def _unknown(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    body = {"error": {"type": "HTTPError", "cause": error.detail, "remedy": "GET /openapi.json lists what there is"}}
-    return Response(orjson.dumps(body), error.status_code, dict(error.headers or {}), "application/json")
+    refused = NoSuchRoute(f"{error.detail}; GET /openapi.json lists what there is")
+    status, headers, body = refusal(refused, request.scope["path"], 0, error.status_code)
+    return Response(body, status, {**headers, **(error.headers or {})})
 
 
 def _watch_figures(observer: Observer, service: Service, batcher: Batcher[Query, Answer]) -> None:

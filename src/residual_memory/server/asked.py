@@ -51,6 +51,10 @@ class Explain(Queries):
         [], description="Rows that are passed over this once, as if they were forgotten."
     )
     neighbors: Annotated[int, Field(ge=1, le=1000)] = Field(10, description="How many to list.")
+    order: Literal["distance", "share", "answer"] = Field(
+        "distance",
+        description="Which are listed: the nearest, those with the largest share, or those labelled with the answer.",
+    )
     outputs: Annotated[int, Field(ge=1, le=1000)] = Field(5, description="How many classes to list.")
 
 

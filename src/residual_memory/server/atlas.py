@@ -17,8 +17,8 @@ from residual_memory.indexes.registry import build_index, parse_spec
 from residual_memory.memory import Column, Snapshot
 
 POINTS = 200_000  # that are shown of a larger memory
-LANDMARKS, BETWEEN, COMPONENTS, BLOCK = 2_000, 3, 50, 8192
-SPREAD = 0.35  # of the distance to the nearest landmark, by which rows are moved so that none hides another
+LANDMARKS, BETWEEN, COMPONENTS, BLOCK = 3_000, 3, 50, 8192
+SPREAD = 0.5  # of the room around the nearest landmark, by which rows are moved so that none hides another
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,28 @@ def atlas(snapshot: Snapshot, *, n_points: int = POINTS, progress: Callable[[flo
     laid, method = _laid_out(keys)
     landmarks = Column([keys], keys[:0])
     part = build_index(parse_spec("exact"), landmarks, 0, len(keys))
-    spacing = np.median(np.linalg.norm(laid[1:] - laid[:-1], axis=1)) / len(laid) ** 0.5
+    room = _room(laid)
     places = np.empty((len(rows), 2), np.float32)
     for start in range(0, len(rows), BLOCK):
         here = rows[start : start + BLOCK]
         queries = np.ascontiguousarray(snapshot.keys.take(here), np.float32)
         found = nearest([part], landmarks, queries, min(BETWEEN, len(keys)))
-        weights = 1 / (found.distances**2 + 1e-9)
+        weights = 1 / (found.distances**4 + 1e-12)
         weights /= weights.sum(axis=1, keepdims=True)
-        away = 1 - weights.max(axis=1, keepdims=True)
-        moved = random.normal(size=(len(here), 2)) * SPREAD * spacing * away
+        moved = random.normal(size=(len(here), 2)) * SPREAD * room[found.rows[:, :1]]
         places[start : start + BLOCK] = np.einsum("qk,qkc->qc", weights, laid[found.rows]) + moved
         if progress is not None:
             progress((start + len(here)) / len(rows))
     low, high = places.min(axis=0), places.max(axis=0)
     return Atlas(rows, (places - low) / np.maximum(high - low, 1e-9).max(), method)
+
+
+def _room(laid: Float[ndarray, "l 2"]) -> Float[ndarray, " l"]:
+    """How far each landmark is from its third neighbour on the map."""
+    part = min(BETWEEN, len(laid) - 1)
+    blocks = np.array_split(laid, max(1, len(laid) // 500))
+    gaps = [np.linalg.norm(block[:, None] - laid, axis=2) for block in blocks]
+    return np.concatenate([np.partition(gap, part, axis=1)[:, part] for gap in gaps])
 
 
 def _laid_out(keys: Float32[ndarray, "l d"]) -> tuple[Float[ndarray, "l 2"], str]:

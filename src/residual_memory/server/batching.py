@@ -31,6 +31,7 @@ class Batcher(Generic[Query, Answer]):
     size : rows of a query.
     rows_at_a_time : rows that are joined; a larger query goes alone.
     rows_waiting : more than these are refused.
+    begin : called first on the thread.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Batcher(Generic[Query, Answer]):
         *,
         rows_at_a_time: int,
         rows_waiting: int,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._work, self._size = work, size
+        self._work, self._size, self._begin = work, size, begin
         self._rows_at_a_time, self._rows_waiting = rows_at_a_time, rows_waiting
         self._waiting: deque[_Waiting[Query]] = deque()
         self._rows = 0
@@ -89,11 +91,9 @@ class Batcher(Generic[Query, Answer]):
             thread.join()
 
     def _run(self) -> None:
+        self._begin()
         while batch := self._next():
-            try:
-                answers: Sequence[Any] = self._work([waiting.query for waiting in batch])
-            except Exception as error:
-                answers = [error] * len(batch)
+            answers = self._answered([waiting.query for waiting in batch])
             assert self._loop is not None
             with self._changed:
                 self._rows -= sum(waiting.size for waiting in batch)
@@ -101,6 +101,15 @@ class Batcher(Generic[Query, Answer]):
                 self._loop.call_soon_threadsafe(_deliver, batch, answers)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
+
+    def _answered(self, queries: Sequence[Query]) -> Sequence[Any]:
+        """Answers, or errors in their place: where it fails for all together, each is tried alone."""
+        try:
+            return self._work(queries)
+        except Exception as error:
+            if len(queries) == 1:
+                return [error]
+            return [answer for query in queries for answer in self._answered([query])]
 
     def _next(self) -> list[_Waiting[Query]]:
         """What is searched next; nothing when the server stops and all is answered."""

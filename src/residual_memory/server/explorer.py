@@ -1,6 +1,7 @@
 """The page and what it asks for beside the routes of `answering`: rows, pictures, the map, and what a survey found."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Annotated, Any
@@ -18,11 +19,13 @@ from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.examples import Examples
 from residual_memory.metrics import binned_calibration
 from residual_memory.server import asked
-from residual_memory.server.answering import as_json, body_of, described, needs
+from residual_memory.server.answering import as_json, body_of, needs
 from residual_memory.server.atlas import Atlas, atlas
 from residual_memory.server.background import Background
+from residual_memory.server.openapi import BYTES, described
 from residual_memory.server.service import ArrayService, Service
-from residual_memory.survey import Survey
+from residual_memory.surveying import Survey
+from residual_memory.validation import as_ids
 
 PAGE = files("residual_memory.server") / "page"
 ASSETS = {
@@ -35,6 +38,7 @@ ASSETS = {
 }
 LOGIN_PAGE = (PAGE / "login.html").read_bytes()
 ROSES, ISSUES = 24, 100
+A_LABEL = 2  # roses, before others have had their turn
 WORKING = 202  # the result is being worked out: come again
 
 
@@ -68,15 +72,10 @@ def exploring(service: Service, examples: Examples | None) -> APIRouter:
         body = await body_of(request, asked.Cards)
         return as_json({"rows": await run_in_threadpool(cards, service, examples, body.ids)})
 
-    @router.get("/picture", **described("The image that a row was made of, as PNG."))
+    @router.get("/picture", **described("The image that a row was made of, as PNG.", media="image/png"))
     async def picture(request: Request, id: str) -> Response:  # as clients know it
         needs(request, "explain")
-        name = named(service, id)
-        content = None if examples is None else await run_in_threadpool(examples.picture, name)
-        if content is None:
-            raise UnknownId(
-                f"there is no picture of row {id[:80]!r}; serve with the examples that the memory was built from"
-            )
+        content = await run_in_threadpool(pictured, service, examples, id)
         return Response(content, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
     @router.post("/observe", **described("An image file as keys and predictions, to be asked about or added."))
@@ -101,17 +100,15 @@ def exploring(service: Service, examples: Examples | None) -> APIRouter:
         changes = [{"version": c.version, "at": c.at, "what": c.what, "rows": c.rows} for c in reversed(memory.history)]
         return as_json({"changes": changes})
 
-    @router.get("/map", **described("A place in the plane for each row; 202 while they are worked out."))
+    @router.get("/map", **described("A place in the plane for each row.", media=BYTES, later=True))
     async def map_of_rows(request: Request) -> Response:
         needs(request, "explain")
         laid, found = laid_out.get(), surveyed.get()
         if laid is None:
             return working(laid_out.progress)
-        return Response(
-            await run_in_threadpool(packed_map, service, laid, found), media_type="application/octet-stream"
-        )
+        return Response(await run_in_threadpool(packed_map, service, laid, found), media_type=BYTES)
 
-    @router.get("/survey", **described("Reliability, roses and doubtful labels; 202 while they are worked out."))
+    @router.get("/survey", **described("Reliability, roses and doubtful labels.", later=True))
     async def survey_of_rows(request: Request) -> Response:
         needs(request, "explain")
         found = surveyed.get()
@@ -151,32 +148,52 @@ def named(service: Service, text: str) -> int | str:
     return int(text)
 
 
+def pictured(service: Service, examples: Examples | None, text: str) -> bytes:
+    """The picture of a row.
+
+    Raises
+    ------
+    UnknownId : if the memory does not hold the row, or there is no picture of it.
+    """
+    name, snapshot = named(service, text), service.memory.snapshot
+    rows = snapshot.rows_of(as_ids([name]))
+    content = None
+    if examples is not None and rows[0] >= 0:
+        example = examples.find(name, snapshot.groups(rows)[0])
+        content = None if example is None else examples.picture(example)
+    if content is None:
+        raise UnknownId(
+            f"there is no picture of row {text[:80]!r}; serve with the examples that the memory was built from"
+        )
+    return content
+
+
 def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[dict[str, Any]]:
     """What is known of rows, in the order of the ids; those that the memory does not hold are left out."""
     memory, snapshot = service.memory, service.memory.snapshot
-    query = service.query(ids=ids)
-    assert query.own is not None
-    rows = snapshot.rows_of(query.own)
-    labels = snapshot.targets(rows)
+    names = as_ids(ids)
+    rows = snapshot.rows_of(names)
+    names, rows = names[rows >= 0], rows[rows >= 0]
+    labels, missed = snapshot.targets(rows), snapshot.residual_sizes(rows)
     carried = snapshot.attributes(rows)
-    groups = snapshot.group_column
+    groups = snapshot.groups(rows)
     classes = memory.layout.task == "classification"
-    assert query.predictions is not None
     told = []
-    for place, name in enumerate(query.own.tolist()):
+    for place, name in enumerate(names.tolist()):
         label = labels[place].tolist()
+        example = None if examples is None else examples.find(name, groups[place])
         entry = {
             "id": name,
             "label": label,
             "name": service.name_of(label) if classes else None,
-            "base": float(query.predictions[place, label]) if classes else query.predictions[place].tolist(),
-            "group": None if groups is None else groups.take(rows[place : place + 1])[0].item(),
+            "missed": float(missed[place]),
+            "group": groups[place],
             "owner": carried.owners[place] or None,
             "tags": carried.tags[place],
             "snippet": carried.snippets[place] or None,
-            "context": service.context(name, label),
-            "cells": None if examples is None else examples.cells(name),
-            "picture": examples is not None and examples.pictures,
+            "context": service.context(name, label, carried.snippets[place]),
+            "cells": None if examples is None or example is None else examples.cells(example),
+            "picture": example is not None and examples is not None and examples.pictures,
         }
         told.append(entry)
     return told
@@ -192,19 +209,16 @@ def packed_map(service: Service, laid: Atlas, found: Survey | None) -> bytes:
     kept = snapshot.alive[laid.rows]
     rows, places = laid.rows[kept], laid.places[kept]
     ids = snapshot.id_column.take(rows)
-    labels = snapshot.targets(rows)
     columns: list[tuple[str, ndarray]] = [
         ("x", np.rint(65535 * places[:, 0]).astype("<u2")),
         ("y", np.rint(65535 * places[:, 1]).astype("<u2")),
     ]
     ranges: dict[str, list[float]] = {}
     if memory.layout.task == "classification":
-        columns.append(("label", labels.astype("<i4")))
-        said = at_labels(service, rows, labels)
-        columns.append(("residual", scaled("residual", 1 - said, ranges, 0.0, 1.0)))
-    else:
-        off = np.linalg.norm(labels - snapshot.predictions(rows), axis=1)
-        columns.append(("residual", scaled("residual", off, ranges, 0.0, float(np.quantile(off, 0.99)) or 1.0)))
+        columns.append(("label", snapshot.targets(rows).astype("<i4")))
+    missed = snapshot.residual_sizes(rows)
+    largest = 1.0 if memory.layout.task == "classification" or not len(rows) else float(np.quantile(missed, 0.99))
+    columns.append(("residual", scaled("residual", missed, ranges, 0.0, largest)))
     if found is not None:
         gain = np.full(len(rows), np.nan)
         places_of = {name: place for place, name in enumerate(found.ids.tolist())}
@@ -226,29 +240,21 @@ def packed_map(service: Service, laid: Atlas, found: Survey | None) -> bytes:
     return b"".join(parts)
 
 
-def at_labels(service: Service, rows: Int64[ndarray, " p"], labels: ndarray) -> ndarray:
-    """The base's probability of each row's own label, block by block."""
-    snapshot, layout = service.memory.snapshot, service.memory.layout
-    parts = [np.zeros(0)]
-    top_m = layout.residuals == "top-m"
-    step = max(1, (1 << 22) // (1 if top_m else layout.n_outputs))
-    for start in range(0, len(rows), step):
-        here, wanted = rows[start : start + step], labels[start : start + step]
-        if not top_m:
-            parts.append(snapshot.predictions(here)[np.arange(len(here)), wanted])
-            continue
-        said = snapshot.top_m(here)
-        listed = said.indices == wanted[:, None]
-        others = said.rest / max(1, layout.n_outputs - said.indices.shape[1])
-        parts.append(np.where(listed.any(axis=1), (said.probabilities * listed).sum(axis=1), others))
-    return np.concatenate(parts)
-
-
 def scaled(name: str, values: ndarray, ranges: dict[str, list[float]], low: float, high: float) -> ndarray:
     """From 1 to 255 over a range; 0 where nothing is known."""
     ranges[name] = [low, high]
     part = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
     return np.where(np.isnan(part), 0, 1 + np.rint(254 * np.nan_to_num(part))).astype(np.uint8)
+
+
+def varied(rows: Int64[ndarray, " r"], labels: Int64[ndarray, " s"]) -> Int64[ndarray, " r"]:
+    """The rows in their order, those that are the third or later of their label behind the others."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for label in labels[rows].tolist():
+        turns.append(seen[label] // A_LABEL)
+        seen[label] += 1
+    return rows[np.argsort(turns, kind="stable")]
 
 
 def told_survey(service: Service, found: Survey) -> dict[str, Any]:
@@ -258,12 +264,9 @@ def told_survey(service: Service, found: Survey) -> dict[str, Any]:
         "corrected": binned_calibration(found.corrected_confidence, found.corrected == found.labels),
     }
     right = np.flatnonzero(found.put_right)
-    roses = right[np.argsort(-found.agreement[right], kind="stable")][:ROSES]
+    roses = varied(right[np.argsort(-found.agreement[right], kind="stable")], found.labels)[:ROSES]
     doubtful = np.flatnonzero(found.suggestion != found.labels)
     doubtful = doubtful[np.argsort(-found.doubt[doubtful], kind="stable")][:ISSUES]
-
-    def label(place: int) -> str:
-        return service.name_of(int(place))
 
     return {
         "rows": len(found),
@@ -275,8 +278,8 @@ def told_survey(service: Service, found: Survey) -> dict[str, Any]:
         "roses": [
             {
                 "id": found.ids[row].item(),
-                "label": label(found.labels[row]),
-                "said": label(found.said[row]),
+                "label": service.name_of(int(found.labels[row])),
+                "said": service.name_of(int(found.said[row])),
                 "base": float(found.said_label[row]),
                 "corrected": float(found.corrected_label[row]),
                 "agreement": float(found.agreement[row]),
@@ -286,8 +289,8 @@ def told_survey(service: Service, found: Survey) -> dict[str, Any]:
         "issues": [
             {
                 "id": found.ids[row].item(),
-                "label": label(found.labels[row]),
-                "suggestion": label(found.suggestion[row]),
+                "label": service.name_of(int(found.labels[row])),
+                "suggestion": service.name_of(int(found.suggestion[row])),
                 "doubt": float(found.doubt[row]),
                 "agreement": float(found.agreement[row]),
             }

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from residual_memory.errors import ResidualMemoryError
+from starlette.requests import ClientDisconnect
+
+from residual_memory.errors import ResidualMemoryError, ServerFailure
 from residual_memory.server.access import Access, cookie_name, token_in_query
 from residual_memory.server.limits import Limits
 from residual_memory.server.observing import Observer
-from residual_memory.server.refusals import BodyTooLarge, TooSlow, Unauthorized, refusal
+from residual_memory.server.refusals import OURS, BodyTooLarge, TooSlow, Unauthorized, refusal, status_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -54,24 +56,26 @@ class Guard:
 
     async def _guarded(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
-        answer = _Answer(send, self._limits)
-        with self._observer.request(scope, lambda: answer.status):
+        answer = _Answer(send, scope["path"], self._limits)
+        with self._observer.request(scope, lambda: answer.status) as failed:
             try:
-                if await self._logged_in(scope, headers, answer):
-                    return
-                port = (scope.get("server") or ("", 0))[1] or 0
-                state = scope.setdefault("state", {})
-                state["scopes"] = self._access.check(scope["method"], headers, port)
-                limited = _limited(receive, headers, self._limits.body_bytes)
-                async with asyncio.timeout(self._limits.answer_seconds) as deadline:
-                    answer.deadline = deadline
-                    await self._app(scope, limited, answer.send)
-            except TimeoutError:
-                await answer.refuse(TooSlow("there was no answer in time; ask for less at once, or come again"))
+                if not await self._logged_in(scope, headers, answer):
+                    state = scope.setdefault("state", {})
+                    state["scopes"] = self._access.check(scope["method"], headers, _port(scope))
+                    state["take_time"] = answer.take_time
+                    limited = _limited(receive, headers, self._limits.body_bytes)
+                    await answer.within(self._app(scope, limited, answer.send))
             except Unauthorized as error:
                 await self._unauthorized(scope, headers, answer, error)
             except ResidualMemoryError as error:
+                if status_of(error) in OURS:
+                    failed(error)
                 await answer.refuse(error)
+            except ClientDisconnect:
+                pass  # nobody is there to be answered
+            except Exception as error:
+                failed(error)
+                await answer.refuse(ServerFailure("the server failed at this request; its log says where"))
 
     async def _logged_in(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes], answer: "_Answer") -> bool:
         """Turn the token in the printed address into a cookie, so that it stays in no address bar."""
@@ -81,9 +85,8 @@ class Guard:
         if token is None or self._access.scopes_of(token) is None:
             return False
         self._access.check_host(headers)
-        port = (scope.get("server") or ("", 0))[1] or 0
         secure = "; Secure" if scope.get("scheme") == "https" else ""
-        cookie = f"{cookie_name(port)}={token}; Path=/; HttpOnly; SameSite=Strict{secure}"
+        cookie = f"{cookie_name(_port(scope))}={token}; Path=/; HttpOnly; SameSite=Strict{secure}"
         await answer.whole(303, {"location": "/", "set-cookie": cookie}, b"")
         return True
 
@@ -100,10 +103,29 @@ class Guard:
 class _Answer:
     """The way back to a client: what is sent gets its headers here, and its time."""
 
-    def __init__(self, send: Send, limits: Limits) -> None:
-        self._send, self._limits = send, limits
-        self.deadline: asyncio.Timeout | None = None
+    def __init__(self, send: Send, path: str, limits: Limits) -> None:
+        self._send, self._path, self._limits = send, path, limits
+        self._deadline = asyncio.timeout(limits.answer_seconds)
         self.status: int | None = None
+
+    async def within(self, work: Awaitable[None]) -> None:
+        """Wait for what answers, as long as an answer may take.
+
+        Raises
+        ------
+        TooSlow : if it takes longer.
+        """
+        try:
+            async with self._deadline:
+                await work
+        except TimeoutError:
+            if not self._deadline.expired():
+                raise
+            raise TooSlow("there was no answer in time; ask for less at once, or come again") from None
+
+    def take_time(self) -> None:
+        """Answer however long it takes: who is told that a change came too late would ask for it again."""
+        self._deadline.reschedule(None)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -111,20 +133,19 @@ class _Answer:
             given = list(message.get("headers", []))
             names = {name.lower() for name, _ in given}
             message = {**message, "headers": [*given, *(pair for pair in SECURITY if pair[0] not in names)]}
-        elif self.deadline is not None and message.get("more_body"):
-            self.deadline.reschedule(asyncio.get_running_loop().time() + self._limits.answer_seconds)
+        elif message.get("more_body"):
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._limits.answer_seconds)
         await self._send(message)
 
     async def refuse(self, error: ResidualMemoryError) -> None:
-        """Say why there is no answer, where none has begun."""
-        status, headers, body = refusal(error, self._limits.retry_seconds)
-        close = {"connection": "close"} if isinstance(error, TooSlow) else {}
-        await self.whole(status, {**headers, **close}, body)
+        """Say why there is no answer; one that has begun is left unfinished, which ends the connection."""
+        if self.status is None:
+            status, headers, body = refusal(error, self._path, self._limits.retry_seconds)
+            close = {"connection": "close"} if isinstance(error, TooSlow) else {}
+            await self.whole(status, {**headers, **close}, body)
 
     async def whole(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send one short answer."""
-        if self.status is not None:
-            raise ConnectionError("the answer was cut off: it had begun when it failed")
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         pairs.append((b"content-length", str(len(body)).encode()))
         await self.send({"type": "http.response.start", "status": status, "headers": pairs})
@@ -153,6 +174,11 @@ def _limited(receive: Receive, headers: Mapping[bytes, bytes], most: int) -> Rec
         return message
 
     return limited
+
+
+def _port(scope: Mapping[str, Any]) -> int:
+    """Where the request came in: cookies of servers on one machine are told apart by it."""
+    return (scope.get("server") or ("", 0))[1] or 0
 
 
 def _too_large(found: int, most: int) -> str:

@@ -5,21 +5,23 @@ request of the neighbours `neighbor_ids`, `neighbor_distances` and `neighbor_wei
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from numpy import ndarray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from residual_memory._version import __version__
 from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.server import asked
-from residual_memory.server.answering import as_json, described, needs
+from residual_memory.server.answering import as_json, needs, read
 from residual_memory.server.batching import Batcher
+from residual_memory.server.openapi import described
 from residual_memory.server.service import Answer, ArrayService, Query
 
 TYPES = {
@@ -74,6 +76,60 @@ class Inference(asked.Asked):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
+class Server(BaseModel):
+    """The server's metadata."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class About(BaseModel):
+    """A tensor of the model's; −1 is any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class Metadata(BaseModel):
+    """The model's metadata."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[About]
+    outputs: list[About]
+
+
+class OutputTensor(BaseModel):
+    """An output: its numbers as JSON, or as so many of the bytes behind the header."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Inferred(BaseModel):
+    """An answer of the protocol."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
+
+
+class Failed(BaseModel):
+    """An error of the protocol."""
+
+    error: str
+
+
+_described = partial(described, error=Failed)
+
+
 def inferring(service: ArrayService, batcher: Batcher[Query, Answer], name: str) -> APIRouter:
     """Routes of the protocol.
 
@@ -83,31 +139,48 @@ def inferring(service: ArrayService, batcher: Batcher[Query, Answer], name: str)
     """
     router = APIRouter(prefix="/v2")
 
-    @router.get("", **described("The server."))
+    @router.get("", **_described("The server.", answer=Server))
     async def server(request: Request) -> Response:
         return as_json({"name": "residual-memory", "version": __version__, "extensions": ["binary_tensor_data"]})
 
-    for state in ("live", "ready"):
-        router.add_api_route(
-            f"/health/{state}", _ready, methods=["GET"], **described(f"Whether the server is {state}.")
-        )
+    @router.get("/health/live", **_described("Whether the server is live."))
+    async def live(request: Request) -> Response:
+        return as_json({"live": True})
 
-    for prefix in ("/models/{model}", "/models/{model}/versions/{version}"):
+    @router.get("/health/ready", **_described("Whether the server is ready."))
+    async def server_ready(request: Request) -> Response:
+        return as_json({"ready": True})
 
-        @router.get(prefix, **described("What the model takes and gives."))
-        async def metadata(request: Request, model: str) -> Response:
-            _check_name(model, name)
+    async def check_model(model: str) -> None:
+        if model != name:
+            raise UnknownId(f"there is no model {model[:80]!r}; the one that is served is {name!r}")
+
+    async def check_version(version: str) -> None:
+        if version != str(service.memory.version):
+            raise UnknownId(f"there is no version {version[:80]!r}; the memory's is {service.memory.version}")
+
+    this_model, this_version = Depends(check_model), Depends(check_version)
+    for path, suffix, checks in (
+        ("/models/{model}", "", [this_model]),
+        ("/models/{model}/versions/{version}", "_version", [this_model, this_version]),
+    ):
+        told = _described("What the model takes and gives.", answer=Metadata)
+
+        @router.get(path, name=f"model{suffix}", dependencies=checks, **told)
+        async def metadata(request: Request) -> Response:
             return as_json(_metadata(service, name))
 
-        @router.get(f"{prefix}/ready", **described("Whether the model is ready."))
-        async def ready(request: Request, model: str) -> Response:
-            _check_name(model, name)
+        told = _described("Whether the model is ready.")
+
+        @router.get(f"{path}/ready", name=f"model{suffix}_ready", dependencies=checks, **told)
+        async def ready(request: Request) -> Response:
             return as_json({"name": name, "ready": True})
 
-        @router.post(f"{prefix}/infer", **described("Corrected predictions.", Inference))
-        async def infer(request: Request, model: str) -> Response:
+        told = _described("Corrected predictions; and the neighbours, where they are wanted.", Inference, Inferred)
+
+        @router.post(f"{path}/infer", name=f"infer{suffix}", dependencies=checks, **told)
+        async def infer(request: Request) -> Response:
             needs(request, "predict")
-            _check_name(model, name)
             wanted, arrays = _read(await request.body(), request.headers.get(HEADER))
             outputs = _outputs(wanted)
             if set(outputs) & set(NEIGHBORS):
@@ -117,22 +190,17 @@ def inferring(service: ArrayService, batcher: Batcher[Query, Answer], name: str)
             found: dict[str, ndarray] = {"corrected": answer.corrected, "base": answer.base}
             if set(outputs) & set(NEIGHBORS):
                 near = await run_in_threadpool(lambda: service.knn.neighbors(service.observed(query)[0]))
-                found |= dict(zip(NEIGHBORS, (near.ids, near.distances, near.weights), strict=True))
-            return _written(wanted, name, {output: found[output] for output in outputs})
+                there = np.isfinite(near.distances).all(axis=0)  # a memory may have fewer rows than are asked for
+                columns = (near.ids, near.distances, near.weights)
+                found |= {name: column[:, there] for name, column in zip(NEIGHBORS, columns, strict=True)}
+            answered = {"model_name": name, "model_version": str(service.memory.version)}
+            return _written(wanted, answered, {output: found[output] for output in outputs})
 
     return router
 
 
-async def _ready(request: Request) -> Response:
-    return as_json({"live": True, "ready": True})
-
-
-def _check_name(given: str, name: str) -> None:
-    if given != name:
-        raise UnknownId(f"there is no model {given[:80]!r}; the one that is served is {name!r}")
-
-
 def _metadata(service: ArrayService, name: str) -> dict[str, Any]:
+    """Of numbers the type is the one that is usual: any that holds them is taken, and an answer names its own."""
     layout = service.memory.layout
     ids = "BYTES" if service.memory.snapshot.manifest.id_kind == "string" else "INT64"
     inputs = [("keys", "FP32", [-1, layout.dim]), ("predictions", "FP32", [-1, -1])]
@@ -170,11 +238,7 @@ def _read(body: bytes, header: str | None) -> tuple[Inference, dict[str, Any]]:
         if not header.isascii() or not header.isdigit() or len(header) > 12 or int(header) > len(body):
             raise InvalidInput(f"{HEADER} is {header[:40]!r}, expected the length of the JSON before the bytes")
         end = int(header)
-    try:
-        wanted = Inference.model_validate_json(body[:end])
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise InvalidInput(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from None
+    wanted = read(Inference, body[:end])
     arrays: dict[str, Any] = {}
     for tensor in wanted.inputs:
         if tensor.name not in ("keys", "predictions", "inputs"):
@@ -199,7 +263,8 @@ def _read(body: bytes, header: str | None) -> tuple[Inference, dict[str, Any]]:
 
 def _from_json(tensor: Tensor, dtype: np.dtype) -> ndarray:
     try:
-        values = np.asarray(tensor.data, dtype).reshape(-1)
+        with np.errstate(over="ignore"):
+            values = np.asarray(tensor.data, dtype).reshape(-1)
     except (ValueError, TypeError, OverflowError):
         raise InvalidInput(f"input {tensor.name} is no list of numbers of type {tensor.datatype}") from None
     return _shaped(tensor, values.tobytes(), dtype)
@@ -229,7 +294,7 @@ def _outputs(wanted: Inference) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _written(wanted: Inference, name: str, found: Mapping[str, ndarray]) -> Response:
+def _written(wanted: Inference, answer: dict[str, Any], found: Mapping[str, ndarray]) -> Response:
     """The answer in JSON, with those outputs behind it as bytes that were asked for as bytes."""
     everything = bool(wanted.parameters.get("binary_data_output"))
     chosen = {output.name: output.parameters.get("binary_data", everything) for output in wanted.outputs or ()}
@@ -245,10 +310,8 @@ def _written(wanted: Inference, name: str, found: Mapping[str, ndarray]) -> Resp
         else:
             tensor["data"] = values.ravel().tolist()
         tensors.append(tensor)
-    answer: dict[str, Any] = {"model_name": name, "outputs": tensors}
-    if wanted.id is not None:
-        answer["id"] = wanted.id
-    head = orjson.dumps(answer)
+    named = {} if wanted.id is None else {"id": wanted.id}
+    head = orjson.dumps({**answer, **named, "outputs": tensors})
     if not tail:
         return Response(head, media_type="application/json")
     return Response(b"".join([head, *tail]), media_type="application/octet-stream", headers={HEADER: str(len(head))})

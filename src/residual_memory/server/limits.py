@@ -15,6 +15,7 @@ class Limits:
     body_seconds : for a client to send its body, and to take an answer that it does not read.
     answer_seconds : for an answer, or for the next part of one that is streamed.
     in_flight : requests that are worked on at a time; more are answered with 503.
+    uploads : requests whose body is on its way; they do not count as worked on, and more are answered with 503.
     connections : that are open at a time.
     rows : queries that may wait for a search; more are answered with 429.
     rows_a_search : queries of waiting requests that are searched together.
@@ -27,7 +28,8 @@ class Limits:
     header_seconds: float = 10.0
     body_seconds: float = 20.0
     answer_seconds: float = 30.0
-    in_flight: int = 64
+    in_flight: int = 48
+    uploads: int = 256
     connections: int = 2048
     rows: int = 4096
     rows_a_search: int = 256

@@ -1,6 +1,5 @@
 """From errors to answers: what a client is told, and with which status."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -13,6 +12,7 @@ from residual_memory.errors import (
     MissingExtra,
     ReadOnlyMemory,
     ResidualMemoryError,
+    ServerFailure,
     ShardDown,
     StorageFailure,
     UnknownId,
@@ -44,6 +44,10 @@ class TooSlow(ResidualMemoryError):
     """An answer took too long."""
 
 
+class NoSuchRoute(ResidualMemoryError):
+    """Nothing is served at a path, or not by a method."""
+
+
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (Unauthorized, 401),
     (Forbidden, 403),
@@ -51,10 +55,12 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (UnknownId, 404),
     (DuplicateId, 409),
     (MemoryLocked, 409),
+    (NoSuchRoute, 404),
     (BodyTooLarge, 413),
     (InvalidInput, 422),
     (Overloaded, 429),
     (CorruptFile, 500),
+    (ServerFailure, 500),
     (MissingExtra, 501),
     (ShardDown, 503),
     (Stopping, 503),
@@ -62,6 +68,7 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (StorageFailure, 507),
 )
 RETRIED = frozenset({429, 503})
+OURS = frozenset({500, 501, 507})  # the log says where it came from
 
 
 def status_of(error: ResidualMemoryError) -> int:
@@ -69,18 +76,28 @@ def status_of(error: ResidualMemoryError) -> int:
     return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
 
 
-def told(error: ResidualMemoryError) -> dict[str, Any]:
-    """The body of a refusal: type, cause and remedy, as `resmem --json` says them."""
+def told(error: ResidualMemoryError, path: str = "/") -> dict[str, Any]:
+    """The body of a refusal: type, cause and remedy, as `resmem --json` says them, in the shape of OpenAI's errors.
+
+    Under /v2 it is what that protocol has.
+    """
+    if path == "/v2" or path.startswith("/v2/"):
+        return {"error": str(error)}
     cause, remedy = cause_and_remedy(error)
-    return {"error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy}}
+    of_openai = {"param": None, "code": None}
+    return {
+        "error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy, **of_openai}
+    }
 
 
-def refusal(error: ResidualMemoryError, retry_seconds: int) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body."""
-    status = status_of(error)
+def refusal(
+    error: ResidualMemoryError, path: str, retry_seconds: int, status: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body; the status is that of the error's type where none is given."""
+    status = status or status_of(error)
     headers = {"content-type": "application/json"}
     if status in RETRIED:
         headers["retry-after"] = str(retry_seconds)
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return status, headers, orjson.dumps(told(error))
+    return status, headers, orjson.dumps(told(error, path))

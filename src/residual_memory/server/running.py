@@ -1,9 +1,13 @@
 """Running an application on uvicorn, with deadlines for slow clients and a cheap refusal under overload."""
 
 import asyncio
+import signal
 import socket
-from collections.abc import Callable
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -12,6 +16,7 @@ from residual_memory.errors import InvalidInput
 from residual_memory.server.limits import Limits
 
 _ALWAYS = (b"/health", b"/metrics", b"/v2/health")  # answered under overload too: it is no reason to be restarted
+SWITCH_SECONDS = 0.001  # a search that comes back waits so long for Python's lock, by default five times as long
 
 
 def _short(status: str, *headers: str, close: bool = True) -> bytes:
@@ -24,17 +29,19 @@ class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 that waits for nobody for ever.
 
     A client has a time for its headers, one for its body, and one to take what it is sent. What comes when too many
-    requests are under way is refused before a task is made for it.
+    requests are under way is refused before a task is made for it; those whose body has yet to come are counted apart,
+    so that slow clients take no place from others.
     """
 
-    limits = Limits()
+    limits: ClassVar[Limits] = Limits()
+    uploading: ClassVar[set["BoundedProtocol"]] = set()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._in_headers = True
-        self._header_bytes = 0
+        self._unused_bytes = 0  # of headers, of chunks' extensions, of trailers: all that is no body
         self._refused = False
         self._busy = _short("503 Service Unavailable", f"retry-after: {self.limits.retry_seconds}", close=False)
 
@@ -47,6 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self.uploading.discard(self)
         if self._stalled is not None:
             self._stalled.cancel()
         super().connection_lost(exc)
@@ -54,40 +62,47 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._in_headers:
-            self._header_bytes += len(data)
-            if self._deadline is None:
-                self._wait(self.limits.header_seconds)
+        self._unused_bytes += len(data)
+        if self._in_headers and self._deadline is None:
+            self._wait(self.limits.header_seconds)
         super().data_received(data)
-        if self._in_headers and self._header_bytes > self.limits.header_bytes:
-            self._end(_short("431 Request Header Fields Too Large"))
+        if self._unused_bytes > self.limits.header_bytes:
+            self._end(b"" if self._answering() else _short("431 Request Header Fields Too Large"))
 
     def on_message_begin(self) -> None:
         self._in_headers, self._refused = True, False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._in_headers, self._header_bytes = False, 0
+        self._in_headers, self._unused_bytes = False, 0
         self._wait(self.limits.body_seconds)
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and len(self.tasks) >= self.limits.in_flight and not self.url.startswith(_ALWAYS):
+        idle = not self._answering()
+        if idle and self._full() and not self.url.startswith(_ALWAYS):
             self._refused = True
-        else:
-            super().on_headers_complete()
+            return
+        super().on_headers_complete()
+        if idle:
+            self.uploading.add(self)
 
     def on_body(self, body: bytes) -> None:
+        self._unused_bytes = 0
         if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._stop_waiting()
-        self._in_headers = True
+        self.uploading.discard(self)
+        self._in_headers, self._unused_bytes = True, 0
         if not self._refused:
             super().on_message_complete()
             return
         self.transport.write(self._busy)
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def on_response_complete(self) -> None:
+        self.uploading.discard(self)
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -99,6 +114,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stalled = None
         super().resume_writing()
 
+    def _answering(self) -> bool:
+        """Whether a request of this connection waits for its answer, or for the rest of it."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _full(self) -> bool:
+        working = len(self.tasks) - len(self.uploading)
+        return working >= self.limits.in_flight or len(self.uploading) >= self.limits.uploads
+
     def _wait(self, seconds: float) -> None:
         self._stop_waiting()
         self._deadline = self.loop.call_later(seconds, self._too_slow)
@@ -109,8 +132,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline = None
 
     def _too_slow(self) -> None:
-        answered = not self._in_headers and self.cycle is not None and self.cycle.response_started
-        self._end(b"" if answered else _short("408 Request Timeout"))
+        """Say so, unless it would be taken for an answer that is still to come, or for a part of one."""
+        asked = not self._in_headers and not self._refused
+        silent = self.cycle is not None and self.cycle.response_started if asked else self._answering()
+        self._end(b"" if silent else _short("408 Request Timeout"))
 
     def _end(self, answer: bytes) -> None:
         if not self.transport.is_closing():
@@ -136,7 +161,7 @@ def configured(app: Any, limits: Limits) -> uvicorn.Config:
     """Uvicorn's configuration for an application."""
     return uvicorn.Config(
         app,
-        http=type("Bounded", (BoundedProtocol,), {"limits": limits}),
+        http=type("Bounded", (BoundedProtocol,), {"limits": limits, "uploading": set()}),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -165,4 +190,25 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         if announce is not None:
             announce(f"http://{name}:{waiting.getsockname()[1]}")
-        uvicorn.Server(configured(app, app.state.limits)).run(sockets=[waiting])
+        sys.setswitchinterval(SWITCH_SECONDS)
+        server = uvicorn.Server(configured(app, app.state.limits))
+        with _stopped_by_signals(server):
+            server.run(sockets=[waiting])
+
+
+@contextmanager
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Return when a signal has stopped the server: uvicorn raises it once more then, which would end the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,7 +5,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -17,12 +17,13 @@ from residual_memory.errors import DimensionMismatch, InvalidInput, UnknownId
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import class_label, explain, told_neighbors, told_outputs
 from residual_memory.memory import Memory
-from residual_memory.survey import Survey, survey
+from residual_memory.surveying import Survey, survey
 from residual_memory.validation import as_ids, as_keys, as_predictions, widened
 
 MAX_WEIGHT = 0.1  # of one row: the less a row may weigh, the less answers tell of who is in the memory
 
 Names = Sequence[int | str]
+Order = Literal["distance", "share", "answer"]
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,22 @@ class Service(ABC):
 
     @abstractmethod
     def explain(
-        self, query: Query, *, without: Names = (), n_neighbors: int = 10, n_outputs: int = 5
+        self,
+        query: Query,
+        *,
+        without: Names = (),
+        n_neighbors: int = 10,
+        n_outputs: int = 5,
+        order: Order = "distance",
     ) -> list[dict[str, Any]]:
-        """Of each query: base and corrected outputs, and the memories that made the difference, nearest first.
+        """Of each query: base and corrected outputs, and the memories that made the difference.
 
         Parameters
         ----------
         without : ids that are passed over this once, as if they were forgotten.
         n_neighbors, n_outputs : how many are listed.
+        order : of the memories, the nearest first, those with the largest share of the correction, or those whose
+            label is the corrected answer.
         """
 
     @abstractmethod
@@ -179,7 +188,7 @@ class Service(ABC):
         """A class, for people."""
 
     @abstractmethod
-    def context(self, name: int | str, label: Any) -> dict[str, str] | None:
+    def context(self, name: int | str, label: Any, snippet: str) -> dict[str, str] | None:
         """The token of a row, and the text before and after it; None where there is none."""
 
     @abstractmethod
@@ -264,7 +273,13 @@ class ArrayService(Service):
         return [told_neighbors(self.memory, found, row) for row in range(len(query))]
 
     def explain(
-        self, query: Query, *, without: Names = (), n_neighbors: int = 10, n_outputs: int = 5
+        self,
+        query: Query,
+        *,
+        without: Names = (),
+        n_neighbors: int = 10,
+        n_outputs: int = 5,
+        order: Order = "distance",
     ) -> list[dict[str, Any]]:
         keys, said = self.observed(query)
         exclude, setting = excluded(query, without), self.setting
@@ -281,15 +296,7 @@ class ArrayService(Service):
         for row in range(len(query)):
             outputs = told_outputs(self.memory, said[row], corrected[row], n_outputs)
             listed = told_neighbors(self.memory, found, row, [entry["output"] for entry in outputs])
-            rest = listed[n_neighbors:]
-            entries.append(
-                {
-                    "outputs": outputs,
-                    "neighbors": listed[:n_neighbors],
-                    "n_more": len(rest),
-                    "share_of_more": sum(entry["share"] for entry in rest),
-                }
-            )
+            entries.append({"outputs": outputs, **first(listed, n_neighbors, order, int(corrected[row].argmax()))})
         return entries
 
     def observed(self, query: Query) -> Seen:
@@ -325,7 +332,7 @@ class ArrayService(Service):
     def name_of(self, label: int) -> str:
         return class_label(self.memory, label)
 
-    def context(self, name: int | str, label: Any) -> dict[str, str] | None:
+    def context(self, name: int | str, label: Any, snippet: str) -> dict[str, str] | None:
         return None
 
     def survey(self, progress: Callable[[float], None]) -> Survey | None:
@@ -356,6 +363,14 @@ class ArrayService(Service):
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InvalidInput(f"there is no class {unknown[0]!r} in the memory{hint}")
         return [known[label] if isinstance(label, str) else label for label in labels]
+
+
+def first(listed: list[dict[str, Any]], n: int, order: Order, answer: int) -> dict[str, Any]:
+    """The first memories of a list in order of distance, and what the others amount to."""
+    if order != "distance":
+        listed = sorted(listed, key=lambda entry: (order == "answer" and entry["label"] != answer, -entry["share"]))
+    rest = listed[n:]
+    return {"neighbors": listed[:n], "n_more": len(rest), "share_of_more": sum(entry["share"] for entry in rest)}
 
 
 def own_rows(memory: Memory, names: Names) -> Query:
@@ -391,6 +406,7 @@ def _floats(name: str, values: ArrayLike | None, dtype: type[np.floating]) -> nd
     InvalidInput : if rows differ in length, or something in it is no number.
     """
     try:
-        return np.asarray(values, dtype)
+        with np.errstate(over="ignore"):  # infinite numbers are refused behind this
+            return np.asarray(values, dtype)
     except (ValueError, TypeError, OverflowError):
         raise InvalidInput(f"{name} are no table of numbers; send as many in each row") from None

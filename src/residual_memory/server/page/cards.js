@@ -46,9 +46,9 @@ export function neighbor(entry, row, { off = false, ask, without, forget }) {
     h(
       "div",
       { class: "actions" },
-      without && h("button", { type: "button", class: "plain", "aria-pressed": String(off), onclick: without }, off ? "With it" : "Without it"),
-      ask && h("button", { type: "button", class: "plain", onclick: ask }, "Ask"),
-      forget && h("button", { type: "button", class: "plain", onclick: forget }, "Forget"),
+      without && h("button", { type: "button", class: "plain", "aria-pressed": String(off), title: off ? "Count it again (x)" : "See the answer without it (x)", onclick: without }, off ? "On" : "Off"),
+      ask && h("button", { type: "button", class: "plain", title: "Ask about this memory (e)", onclick: ask }, "Ask"),
+      forget && h("button", { type: "button", class: "plain", title: "Take it out of use (f)", onclick: forget }, "Forget"),
     ),
   );
   card.acts = { x: without, e: ask, f: forget };

@@ -6,6 +6,7 @@ import { $, confirmed, empty, failed, figure, filled, h, loading, percent, shown
 
 const NEIGHBORS = 24;
 const OUTPUTS = 6;
+const ORDERS = [["share", "largest share first"], ["distance", "nearest first"], ["answer", "with the answer first"]];
 
 export class Explain {
   constructor(info, changed) {
@@ -14,6 +15,7 @@ export class Explain {
     this.without = new Set();
     this.query = null; // what the server is asked, less what is left out
     this.source = null; // what is shown of it
+    this.order = info.inputs?.kind === "text" ? "answer" : "share"; // of the memories
     this.answer = $("#answer");
     this.number = 0; // of the last question: answers to earlier ones are dropped
     this.build();
@@ -44,7 +46,6 @@ export class Explain {
     });
     choose(ways[0][0], false);
     if (!info.rows) this.answer.replaceChildren(empty("The memory is empty", "Add examples, and ask about them here."));
-    else if (info.inputs?.kind === "text") this.answer.replaceChildren(empty("Ask about a text", "The next token is predicted, with and without the memory."));
     else this.random();
   }
 
@@ -134,7 +135,7 @@ export class Explain {
     const mine = ++this.number;
     if (fresh) this.answer.replaceChildren(loading("Looking for memories …"));
     try {
-      const body = { ...this.query, without: [...this.without], neighbors: NEIGHBORS, outputs: OUTPUTS };
+      const body = { ...this.query, without: [...this.without], neighbors: NEIGHBORS, outputs: OUTPUTS, order: this.order };
       const { queries } = await post("/explain", body);
       const ids = [...queries[0].neighbors.map((entry) => entry.id), ...this.without, ...(this.source.id === undefined ? [] : [this.source.id])];
       const { rows } = ids.length ? await post("/rows", { ids }) : { rows: [] };
@@ -152,6 +153,12 @@ export class Explain {
       cards.push(this.card({ id, name: row.name, label: row.label }, row));
     }
     const wide = [...rows.values()].some((row) => row.context || row.snippet || row.cells);
+    const classes = this.info.task === "classification";
+    const choice = h(
+      "select",
+      { "aria-label": "Order", onchange: () => ((this.order = choice.value), this.refresh()) },
+      ORDERS.filter(([value]) => classes || value !== "answer").map(([value, text]) => h("option", { value, selected: value === this.order }, text)),
+    );
     const more = told.n_more ? `and ${told.n_more.toLocaleString("en")} more with ${percent(told.share_of_more)} of the correction` : "";
     this.answer.replaceChildren(
       h(
@@ -161,7 +168,7 @@ export class Explain {
         h(
           "div",
           {},
-          h("div", { class: "heading" }, h("h2", {}, "The memories behind it"), h("span", { class: "soft small" }, more)),
+          h("div", { class: "heading" }, h("h2", {}, "The memories behind it"), h("span", { class: "soft small" }, more), choice),
           cards.length ? movable(h("div", { class: wide ? "cards wide" : "cards" }, cards)) : empty("No memory is near", "The base stands alone."),
         ),
       ),

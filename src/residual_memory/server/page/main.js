@@ -6,7 +6,8 @@ import { Explain } from "./explain.js";
 import { Map2D } from "./map.js";
 import * as panels from "./panels.js";
 
-const TABS = [...document.querySelectorAll("nav [role=tab]")];
+let TABS = [...document.querySelectorAll("nav [role=tab]")];
+const SURVEYED = ["tab-roses", "tab-labels", "tab-reliability"]; // what there is for classes alone
 const THEME = "residual-memory theme";
 
 let info;
@@ -36,12 +37,15 @@ function ask(id) {
 
 async function tell() {
   info = await get("/info");
+  for (const tab of TABS) tab.hidden = !info.surveyed && SURVEYED.includes(tab.id);
+  TABS = TABS.filter((tab) => !tab.hidden);
   info.uploads = info.inputs?.kind === "arrays" && info.pictures;
-  const count = (n, one) => `${n.toLocaleString("en")} ${n === 1 ? one : `${one === "memory" ? "memories" : `${one}s`}`}`;
+  const count = (n, one, many) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
   $("#memory-name").replaceChildren(shown(info.memory ?? "a memory in RAM", 80));
-  $("#facts").replaceChildren(
-    `${count(info.rows, "memory")} · ${info.dim} numbers a key · ${info.task === "classification" ? `${count(info.n_outputs, "class").replace("classs", "classes")}` : count(info.n_outputs, "target")} · version ${info.version}${info.writable ? "" : " · read-only"}`,
-  );
+  const kind = info.task === "regression" ? ["target", "targets"] : info.inputs?.kind === "text" ? ["token", "tokens"] : ["class", "classes"];
+  const facts = [count(info.rows, "memory", "memories"), `${info.dim} numbers a key`, count(info.n_outputs, ...kind), `version ${info.version}`];
+  if (!info.writable) facts.push("read-only");
+  $("#facts").replaceChildren(facts.join(" · "));
 }
 
 async function changed() {
@@ -70,7 +74,9 @@ function keys(event) {
   if (number >= 1 && number <= TABS.length) open(TABS[number - 1].id.slice(4), true);
   else if (event.key === "/") {
     open("explain");
-    $(".inputs input, .inputs textarea")?.focus();
+    const field = $(".inputs input, .inputs textarea");
+    field?.focus();
+    field?.select();
   } else if (event.key === "t") theme();
   else if (event.key === "?") $("#help").showModal();
   else return;

@@ -6,6 +6,7 @@ import { confirmed, empty, failed, h, loading, percent, shown, toast } from "./d
 
 const TYPES = { "<u2": Uint16Array, "<i4": Int32Array, "<i8": BigInt64Array, "|u1": Uint8Array };
 const SHOWN = 12;
+const GATHERED = 9000; // of 65,535: classes that spread further have no name on the whole map
 
 // Columns of the file that `GET /map` gives.
 export function unpacked(buffer) {
@@ -71,6 +72,7 @@ export class Map2D {
 
   stale() {
     this.map = null;
+    this.titled = null;
     this.selected = null;
   }
 
@@ -124,7 +126,7 @@ export class Map2D {
     context.putImageData(image, 0, 0);
     const [low, high] = this.map.ranges[this.colour];
     const unit = this.colour === "gain" ? " nats" : "";
-    this.legend.replaceChildren(scale, h("div", { class: "line" }, `${low}${unit}`, h("span", { class: "grow" }), `${+high.toPrecision(3)}${unit}`));
+    this.legend.replaceChildren(scale, h("div", { class: "ends" }, h("span", {}, `${low}${unit}`), h("span", {}, `${+high.toPrecision(3)}${unit}`)));
   }
 
   draw() {
@@ -167,6 +169,7 @@ export class Map2D {
       for (let row = py * width; row < (py + size) * width; row += width) for (let place = row + px; place < row + px + size; place++) pixels[place] = colour;
     }
     context.putImageData(this.image, 0, 0);
+    this.write(context, ratio);
     if (this.lasso?.length > 1) {
       context.beginPath();
       this.lasso.forEach(([px, py], i) => (i ? context.lineTo(px, py) : context.moveTo(px, py)));
@@ -177,6 +180,49 @@ export class Map2D {
       context.globalAlpha = 0.08;
       context.fill();
       context.globalAlpha = 1;
+    }
+  }
+
+  // Where each class is densest: the median of its points, and how far they lie from it.
+  titles() {
+    if (this.titled || !this.map.columns.label || !this.info.class_names) return this.titled ?? [];
+    const { columns, n } = this.map;
+    const of = new Map();
+    for (let i = 0; i < n; i++) {
+      const label = columns.label[i];
+      if (!of.has(label)) of.set(label, []);
+      of.get(label).push(i);
+    }
+    const middle = (values) => values.sort((a, b) => a - b)[values.length >> 1];
+    this.titled = [...of].map(([label, places]) => {
+      const x = middle(places.map((i) => columns.x[i]));
+      const y = middle(places.map((i) => columns.y[i]));
+      const spread = middle(places.map((i) => Math.hypot(columns.x[i] - x, columns.y[i] - y)));
+      return { name: String(this.info.class_names[label] ?? label).slice(0, 24), x, y, spread };
+    });
+    return this.titled.sort((a, b) => a.spread - b.spread);
+  }
+
+  // Names of the classes that keep together, as many as fit.
+  write(context, ratio) {
+    const { side, left, top } = this.frameOf();
+    const style = getComputedStyle(document.documentElement);
+    context.font = `600 ${12.5 * ratio}px system-ui, sans-serif`;
+    context.textAlign = "center";
+    context.lineJoin = "round";
+    context.lineWidth = 4 * ratio;
+    context.strokeStyle = style.getPropertyValue("--card");
+    context.fillStyle = style.getPropertyValue("--ink");
+    const taken = [];
+    for (const { name, x, y, spread } of this.titles()) {
+      if (spread * this.view.zoom ** -0.5 > GATHERED) break;
+      const [px, py] = [left + x * side, top + y * side];
+      const [wide, high] = [context.measureText(name).width / 2 + 6 * ratio, 9 * ratio];
+      if (px - wide < 0 || py - high < 0 || px + wide > this.canvas.width || py + high > this.canvas.height) continue;
+      if (taken.some((other) => Math.abs(other[0] - px) < other[2] + wide && Math.abs(other[1] - py) < 2 * high)) continue;
+      taken.push([px, py, wide]);
+      context.strokeText(name, px, py + 4 * ratio);
+      context.fillText(name, px, py + 4 * ratio);
     }
   }
 

@@ -1,8 +1,10 @@
 // What a survey of the memory's own rows found: roses, doubtful labels, reliability; and the log.
 
-import { get, patiently } from "./api.js";
-import { picture } from "./cards.js";
+import { get, patiently, post } from "./api.js";
+import { label as labelOf, picture } from "./cards.js";
 import { empty, failed, h, loading, percent, shown, svg } from "./dom.js";
+
+const BEHIND = 6; // memories that are shown with a rose
 
 let survey = null;
 
@@ -24,33 +26,42 @@ const guarded = (show) => async (place, info, acts) => {
   }
 };
 
+// The memories that put a rose right, with the pictures that they were made of.
+async function behind(roses, places) {
+  const ids = roses.map((rose) => rose.id);
+  const { queries } = await post("/explain", { ids, neighbors: BEHIND, outputs: 1 });
+  queries.forEach(({ neighbors }, i) => places[i].replaceChildren(...neighbors.map((entry) => h("figure", { title: `memory ${entry.id}` }, picture(entry.id, ""), labelOf(entry)))));
+}
+
 const link = (id, ask) => h("button", { type: "button", class: "plain", onclick: () => ask(id) }, "memory ", shown(id, 40));
 
 export const roses = guarded(async (place, info, { ask }) => {
   const { roses: found, rows } = await surveyed(place);
   if (!found.length) return place.replaceChildren(empty("No roses", "The memory puts none of these rows right that the base has wrong."));
+  const places = found.map(() => h("div", { class: "behind" }));
   place.replaceChildren(
     h("div", { class: "heading" }, h("h2", {}, "What the base has wrong and the memory right"), h("span", { class: "soft small" }, `of ${rows.toLocaleString("en")} memories, each asked without itself`)),
     h(
       "div",
       { class: "gallery" },
-      found.map((rose) =>
+      found.map((rose, i) =>
         h(
-          "article",
-          { class: "panel rose" },
+          "button",
+          { type: "button", class: "panel rose", title: `Ask about memory ${rose.id}`, onclick: () => ask(rose.id) },
           info.pictures ? picture(rose.id, "") : h("span"),
           h(
             "div",
             {},
-            h("div", { class: "verdict said" }, h("del", {}, shown(rose.said, 80)), " → ", h("strong", {}, shown(rose.label, 80))),
+            h("div", { class: "said" }, h("del", {}, shown(rose.said, 80)), " → ", shown(rose.label, 80)),
             h("p", { class: "soft small number" }, `${percent(rose.base)} → ${percent(rose.corrected)}`),
             h("p", { class: "soft small" }, `${percent(rose.agreement, 0)} of the neighbours agree`),
-            link(rose.id, ask),
           ),
+          info.pictures ? places[i] : null,
         ),
       ),
     ),
   );
+  if (info.pictures) await behind(found, places);
 });
 
 export const labels = guarded(async (place, info, { ask }) => {
@@ -86,7 +97,7 @@ export const labels = guarded(async (place, info, { ask }) => {
   );
 });
 
-export const reliability = guarded(async (place) => {
+export const reliability = guarded(async (place, info) => {
   const { reliability: bins, accuracy, rows } = await surveyed(place);
   const [side, edge] = [420, 44];
   const at = (part) => edge + part * (side - 2 * edge);
@@ -113,7 +124,7 @@ export const reliability = guarded(async (place) => {
         { class: "side" },
         h("h2", {}, "How sure, and how often right"),
         h("table", {}, h("thead", {}, h("tr", {}, h("th"), h("th", { class: "number" }, "base"), h("th", { class: "number" }, "with the memory"))), h("tbody", {}, [["accuracy", (name) => accuracy[name]], ["calibration error", off]].map(([title, of]) => h("tr", {}, h("td", {}, title), h("td", { class: "number" }, percent(of("base"))), h("td", { class: "number" }, percent(of("corrected"))))))),
-        h("p", { class: "note" }, `These are ${rows.toLocaleString("en")} of the memory's own rows, each asked without itself. The base was trained on them, so it is righter and surer here than on others: how good the memory is, resmem evaluate says on held-out rows.`),
+        h("p", { class: "note" }, `These are ${rows.toLocaleString("en")} of the memory's own rows, each asked without itself. The base was trained on them, so it is righter and surer here than on others: how good the memory is, resmem evaluate says on held-out rows.${info.setting?.gate ? "" : " The setting has no gate, so corrected probabilities are less sure than they could be; resmem tune --gate fits one."}`),
       ),
     ),
   );
