@@ -37,6 +37,7 @@ NEEDS = {
     "tables": ("sklearn",),
     "language": ("torch", "transformers"),
     "ray": ("torch",),
+    "reports": ("matplotlib", "jinja2"),
     "serving": ("fastapi", "httpx"),
     "sharing": ("torch", "sklearn", "transformers", "mlflow"),
 }

@@ -90,4 +90,5 @@ def html_table(caption: str, rows: Sequence[Sequence[object]], header: Sequence[
 
 
 def _cell(kind: str, value: object, side: str) -> str:
-    return f'<{kind} style="text-align:{side}">{html.escape(shown(value, CELL_WIDTH))}</{kind}>'
+    text = html.escape(shown(f"{value:.4g}" if isinstance(value, float) else value, CELL_WIDTH))
+    return f'<{kind} style="text-align:{side}">{text.replace("  ", 2 * "&nbsp;")}</{kind}>'  # indented as it came

@@ -79,7 +79,7 @@ def test_examples_are_for_the_report_and_must_be_examples(memory: Path) -> None:
     ran = resmem("evaluate", memory, "--data", "held.npz", "--examples", "net:train")
     assert (ran.code, "add --out" in ran.err) == (2, True)
     ran = resmem("evaluate", memory, "--data", "held.npz", "--examples", "train.npz", "--out", "r.html")
-    assert (ran.code, "holds no images or rows of a table" in ran.err) == (2, True)
+    assert (ran.code, "holds keys and no examples" in ran.err) == (2, True)
 
 
 def test_hostile_class_names_are_text_in_the_report(here: Path) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from residual_memory import figures
 from residual_memory.correction import to_probabilities
+from residual_memory.display import shown
 from residual_memory.evaluation import (
     Evaluation,
     HeldOut,
@@ -23,7 +24,7 @@ from residual_memory.examples import Examples, examples_for
 from residual_memory.explanation import class_label
 from residual_memory.memory import Memory
 from residual_memory.metrics import calibration_bins, calibration_error, correctness, gains_by, risk_coverage
-from residual_memory.reports.page import Case, Chart, Comparison, Example, Gallery, Near, Report
+from residual_memory.reports.page import LABEL_WIDTH, Case, Chart, Comparison, Example, Gallery, Near, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def report_of(
     notes: Sequence[str] = (),
 ) -> Report:
     """The report of what was measured already; parameters as in `make_report`."""
-    shown = examples_for(examples), examples_for(held_out)
+    seen = examples_for(examples), examples_for(held_out)
     by_group = ("Rows of one group count as one draw in the intervals.",) if groups is not None else ()
     return Report(
         title=title,
@@ -118,7 +119,7 @@ def report_of(
         verdict=found.verdict,
         helps=found.helps,
         comparisons=(Comparison.of(found),),
-        galleries=galleries_of(memory, rows, setting, said, index, *shown) if setting.shrinkage else (),
+        galleries=galleries_of(memory, rows, setting, said, index, *seen) if setting.shrinkage else (),
         charts=charts_of(rows, said, memory.class_names, groups),
         facts=(*facts, *facts_of(memory, setting)),
         notes=(HELD_OUT, *by_group, *notes),
@@ -324,7 +325,10 @@ class _Telling:
             return self._label(base), self._label(corrected), ()
         corrected = to_probabilities(corrected[None], support[None])[0]
         before, after = int(base.argmax()), int(corrected.argmax())
-        scores = tuple(f"{self._label(label)} {base[label]:.2f} → {corrected[label]:.2f}" for label in (before, after))
+        scores = tuple(
+            f"{shown(self._label(label), LABEL_WIDTH)} {base[label]:.2f} → {corrected[label]:.2f}"
+            for label in (before, after)
+        )
         return self._label(before), self._label(after), scores
 
     def _agrees(self, row: int, label: Any) -> bool:
@@ -339,8 +343,10 @@ class _Telling:
             return class_label(self._memory, int(label)).replace("_", " ")
         return ", ".join(f"{value:.4g}" for value in np.ravel(label))
 
-    def _example(self, shown: Examples | None, name: int | str, label: str, group: int | str | None = None) -> Example:
-        place = None if shown is None else shown.find(name, group)
-        if shown is None or place is None:
+    def _example(
+        self, examples: Examples | None, name: int | str, label: str, group: int | str | None = None
+    ) -> Example:
+        place = None if examples is None else examples.find(name, group)
+        if examples is None or place is None:
             return Example(str(name), label)
-        return Example(str(name), label, shown.picture(place), shown.cells(place))
+        return Example(str(name), label, examples.picture(place), examples.cells(place))
