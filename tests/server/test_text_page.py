@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from tests.server.conftest import Address, running
+from tests.server.conftest import running
 from tests.server.test_page import HOSTILE, Visit, browser, cards, expect, pytestmark
 from tests.server.texts import Library, library
 
@@ -22,14 +22,9 @@ def made() -> Library:
 @pytest.fixture
 def visit(browser: Any, made: Library) -> Iterator[Visit]:
     with running(made.app()) as address:
-        yield from visiting(browser, address)
-
-
-def visiting(chromium: Any, address: Address) -> Iterator[Visit]:
-    """The page, which must have said nothing when it is left."""
-    visit = Visit(chromium, address)
-    yield visit
-    visit.close()
+        visit = Visit(browser, address)
+        yield visit
+        visit.close()
 
 
 def ask(visit: Visit, text: str) -> Any:
