@@ -3,7 +3,19 @@
 import argparse
 import importlib
 
-NAMES = ("core", "durability", "explorer", "language", "planning", "ray", "scale", "serve", "tables", "torture")
+NAMES = (
+    "core",
+    "durability",
+    "explorer",
+    "fuzz",
+    "language",
+    "planning",
+    "ray",
+    "scale",
+    "serve",
+    "tables",
+    "torture",
+)
 
 
 def main() -> None:
@@ -11,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument(
-        "--quick", action="store_true", help="of ray, scale and serve: a slice, which is written nowhere"
+        "--quick", action="store_true", help="of fuzz, ray, scale and serve: a slice, which is written nowhere"
     )
     parser.add_argument("--rows", type=int, help="of scale: this many rows of 64 numbers, and nothing else")
     given = vars(parser.parse_args())

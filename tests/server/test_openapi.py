@@ -13,9 +13,9 @@ from tests.server.fuzzing import app_of_arrays, app_of_text, fuzz
 
 @pytest.mark.parametrize("made", [app_of_arrays, app_of_text])
 def test_whatever_is_sent_the_server_answers_and_as_the_document_says(made: Callable[[], FastAPI]) -> None:
-    statuses = fuzz(made(), 4)
-    assert statuses["200"] > 50
-    assert statuses["422"] > 50
+    statuses = fuzz(made(), 3)
+    assert statuses["200"] > 40
+    assert statuses["422"] > 40
 
 
 def test_the_document_says_how_to_show_the_token_and_refers_to_nothing_that_is_not_in_it() -> None:

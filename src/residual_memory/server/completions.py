@@ -29,6 +29,7 @@ from residual_memory.server.text_service import UNFINISHED, TextService
 
 MOST_TOKENS = 4096
 MOST_PROMPTS = 64
+COLDEST = 1e-4  # a temperature below this is 0: logits over it would be too large for single precision
 ROOM = 8192  # tokens of prompt and completion, of a model that names no limit
 TOGETHER = 2  # requests that are worked on at a time: each takes a core
 WAITING = 16  # requests that wait for their turn; more are refused
@@ -86,12 +87,13 @@ class Sampling:
     generator: torch.Generator | None
 
     def __call__(self, logits: Tensor) -> int:
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return int(logits.argmax())
         shares = ((logits - logits.max()).double() / self.temperature).softmax(0)  # finite, however cold
         if self.top_p < 1:
             ordered, order = shares.sort(descending=True)
             kept = ordered.cumsum(0) - ordered < self.top_p
+            kept[0] = True  # though top_p may be 0 in single precision
             shares = torch.zeros_like(shares).scatter(0, order[kept], ordered[kept])
         return int(torch.multinomial(shares, 1, generator=self.generator))
 
@@ -436,10 +438,7 @@ def completing(service: TextService, name: str) -> APIRouter:
         check(model)
         return as_json(card)
 
-    of_completions = described("Text that goes on.", Completion, answered.Completed)
-    of_completions["responses"][200]["content"][EVENTS] = {}
-
-    @router.post("/completions", **of_completions)
+    @router.post("/completions", **described("Text that goes on.", Completion, answered.Completed, others=[EVENTS]))
     async def completions(request: Request) -> Response:
         needs(request, "predict")
         wanted = await body_of(request, Completion)

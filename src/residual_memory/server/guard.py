@@ -133,7 +133,7 @@ class _Answer:
             given = list(message.get("headers", []))
             names = {name.lower() for name, _ in given}
             message = {**message, "headers": [*given, *(pair for pair in SECURITY if pair[0] not in names)]}
-        elif message.get("more_body"):
+        elif message.get("more_body") and not self._deadline.expired():
             self._deadline.reschedule(asyncio.get_running_loop().time() + self._limits.answer_seconds)
         await self._send(message)
 

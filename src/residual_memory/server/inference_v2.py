@@ -21,7 +21,7 @@ from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.server import asked
 from residual_memory.server.answering import as_json, needs, read
 from residual_memory.server.batching import Batcher
-from residual_memory.server.openapi import described
+from residual_memory.server.openapi import BYTES, described
 from residual_memory.server.service import Answer, ArrayService, Query
 
 TYPES = {
@@ -176,7 +176,8 @@ def inferring(service: ArrayService, batcher: Batcher[Query, Answer], name: str)
         async def ready(request: Request) -> Response:
             return as_json({"name": name, "ready": True})
 
-        told = _described("Corrected predictions; and the neighbours, where they are wanted.", Inference, Inferred)
+        summary = "Corrected predictions; and the neighbours, where they are wanted."
+        told = _described(summary, Inference, Inferred, others=[BYTES])
 
         @router.post(f"{path}/infer", name=f"infer{suffix}", dependencies=checks, **told)
         async def infer(request: Request) -> Response:

@@ -1,5 +1,6 @@
 """What the OpenAPI document says: of each route, and of the token that all of them want."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,6 +32,7 @@ def described(
     answer: Any = None,
     *,
     media: str = JSON,
+    others: Sequence[str] = (),
     error: Any = Refused,
     later: bool = False,
 ) -> Described:
@@ -40,6 +42,7 @@ def described(
     ----------
     summary : what it does, in one line.
     body, answer : types of what is sent and of what comes back; an answer without a type is some of `media`.
+    others : media types that it may be of too.
     error : the type of a refusal.
     later : whether it may have to be worked out first.
     """
@@ -48,7 +51,7 @@ def described(
     told: Described = {
         "summary": summary,
         "responses": {
-            200: {"description": "As asked.", "content": {media: given}},
+            200: {"description": "As asked.", "content": {media: given, **{other: {} for other in others}}},
             **{status: {"description": reason, **refused} for status, reason in REFUSALS.items()},
         },
     }
