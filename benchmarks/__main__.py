@@ -3,7 +3,19 @@
 import argparse
 import importlib
 
-NAMES = ("core", "durability", "fuzz", "language", "planning", "ray", "scale", "serve", "tables", "torture")
+NAMES = (
+    "core",
+    "durability",
+    "explorer",
+    "fuzz",
+    "language",
+    "planning",
+    "ray",
+    "scale",
+    "serve",
+    "tables",
+    "torture",
+)
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from torch.utils.data import DataLoader, Dataset
 import residual_memory as rm
 from residual_memory.cli.images import SUFFIXES, images_under
 from residual_memory.cli.loading import load_model, user_code
-from residual_memory.cli.output import shown, size_text
 from residual_memory.correction import TABLE_BYTES
+from residual_memory.display import shown, size_text
 from residual_memory.errors import CorruptFile, InvalidInput, MemoryNotFound, ResidualMemoryError, StorageFailure
 from residual_memory.indexes.registry import planned
 from residual_memory.validation import as_count, as_fraction

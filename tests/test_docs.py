@@ -28,10 +28,18 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # What a page's code imports beyond the core.
 NEEDS = {
-    "tables": ("sklearn", "pandas"),
-    "torch": ("torch", "sklearn"),
+    "choosing": ("torch", "sklearn"),
+    "when-not": ("sklearn",),
+    "extending": ("sklearn",),
+    "start-images": ("torch", "sklearn"),
+    "start-tables": ("sklearn", "pandas"),
+    "start-text": ("torch", "transformers"),
+    "tables": ("sklearn",),
     "language": ("torch", "transformers"),
     "ray": ("torch",),
+    "reports": ("matplotlib", "jinja2"),
+    "serving": ("fastapi", "httpx"),
+    "sharing": ("torch", "sklearn", "transformers", "mlflow"),
 }
 SPHINX = ("sphinx", "myst_parser", "furo")
 FRAMEWORKS = ("faiss", "sklearn", "torch", "transformers")
@@ -79,7 +87,7 @@ def run_page(page: Path) -> None:
                 exec(compile(code, str(page), "exec"), scope)
             printed = out.getvalue()
         elif block.kind == "sh":
-            run_commands(block, where)
+            printed = run_commands(block, where)
 
 
 def run_session(block: Block, page: Path, scope: dict[str, Any]) -> None:
@@ -92,13 +100,19 @@ def run_session(block: Block, page: Path, scope: dict[str, Any]) -> None:
     scope.update(session.globs)
 
 
-def run_commands(block: Block, where: str) -> None:
-    """The lines that call `resmem`; others, such as pip, are left alone."""
+def run_commands(block: Block, where: str) -> str | None:
+    """The lines that call `resmem` or `curl`, and what curl printed; others, such as pip, are left alone."""
     from residual_memory.cli.main import main
 
+    printed = None
     for line in block.text.splitlines():
         if line.startswith("resmem "):
             assert main(shlex.split(line)[1:]) == 0, f"{where}: {line}"
+        elif line.startswith("curl "):
+            ended = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 0, f"{where}: {line}\n{ended.stderr}"
+            printed = ended.stdout
+    return printed
 
 
 def masked(output: str) -> list[str]:
@@ -121,13 +135,19 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: Path, tmp_p
 
 
 def test_the_start_needs_numpy_alone(tmp_path: Path) -> None:
-    python(__file__, DOCS / "start.md", *FRAMEWORKS, cwd=tmp_path)
+    python(__file__, DOCS / "start-arrays.md", *FRAMEWORKS, cwd=tmp_path)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     listed = {line for tree in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in tree.split()}
     assert {page.stem for page in PAGES} - {"index"} <= listed
+
+
+def test_the_readme_leads_to_every_page_and_to_nothing_that_is_not_there() -> None:
+    linked = set(re.findall(r"\]\(([\w./-]+)[)#]", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {f"docs/{page.name}" for page in PAGES} - {"docs/index.md"} <= linked
+    assert [link for link in sorted(linked) if not (ROOT / link).exists()] == []
 
 
 def test_every_public_name_is_in_the_reference() -> None:
@@ -160,7 +180,7 @@ def test_the_command_page_lists_the_commands_that_there_are() -> None:
     bool(missing(SPHINX)), reason=f"{', '.join(missing(SPHINX))} missing: pip install 'residual-memory[docs]'"
 )
 def test_sphinx_builds_the_pages_without_a_warning(tmp_path: Path) -> None:
-    if absent := missing(("torch",)):
+    if absent := missing(("torch", "transformers", "sklearn", "fastapi", "httpx", "mlflow")):
         pytest.skip(f"the reference imports {absent[0]}")
     options = ("-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "doctrees")
     python("-m", "sphinx", *options, DOCS, tmp_path / "html", cwd=ROOT)

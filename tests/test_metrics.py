@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -277,3 +278,35 @@ def test_auc_refuses_what_has_no_ranks(above: Any, below: Any, said: str) -> Non
 def test_auc_refuses_groups_that_are_not_one_a_score() -> None:
     with pytest.raises(DimensionMismatch, match="one a score: 3"):
         metrics.auc([1.0, 2.0], [1.0, 2.0, 3.0], negative_groups=[0, 1])
+
+
+def test_risk_coverage_is_the_mean_loss_of_the_surest() -> None:
+    random = np.random.default_rng(0)
+    confidence, losses = random.random(1000), random.random(1000)
+    points = metrics.risk_coverage(confidence, losses, n_points=10)
+    assert [point["coverage"] for point in points] == pytest.approx(np.arange(1, 11) / 10)
+    order = np.argsort(-confidence)
+    assert [point["risk"] for point in points] == pytest.approx(
+        [losses[order[:n]].mean() for n in range(100, 1001, 100)]
+    )
+    assert len(metrics.risk_coverage(confidence[:3], losses[:3])) == 3
+    with pytest.raises(DimensionMismatch):
+        metrics.risk_coverage([0.1], [0.1, 0.2])
+
+
+def test_gains_by_keeps_every_row_with_a_value_and_no_value_apart_from_itself() -> None:
+    random = np.random.default_rng(0)
+    values, gains = np.append(random.integers(0, 5, 300), np.inf), random.normal(size=301)
+    bins = metrics.gains_by(values, gains, n_bins=20)
+    assert sum(row["n"] for row in bins) == 300
+    assert all(one["high"] < other["low"] for one, other in pairwise(bins))
+    for row in bins:
+        inside = (values >= row["low"]) & (values <= row["high"])
+        wanted = metrics.mean_interval(gains[inside])
+        assert (row["gain"], row["gain_low"], row["gain_high"]) == (wanted.value, wanted.low, wanted.high)
+    grouped = metrics.gains_by(values, gains, groups=np.arange(301) // 30)
+    assert grouped[0]["gain_high"] != metrics.gains_by(values, gains)[0]["gain_high"]
+    assert metrics.gains_by([np.inf], [1.0]) == []
+    assert len(metrics.gains_by([2.0, 2.0], [1.0, 3.0])) == 1
+    with pytest.raises(DimensionMismatch):
+        metrics.gains_by([0.1], [0.1, 0.2])

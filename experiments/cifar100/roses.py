@@ -8,6 +8,8 @@ are chosen on the 5,000 held-out images, which it never saw and in which all cla
 "tuned in proportion" choose them on some of the 5,000, in which classes are as frequent as in the long tail.
 """
 
+import base64
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from numpy import ndarray
 from PIL import Image
 
@@ -30,7 +32,7 @@ from residual_memory.demo.assets import shipped_network
 from residual_memory.demo.cifar100 import Cifar100, held_out_split, user_cache
 from residual_memory.demo.images import Images
 from residual_memory.demo.networks import CifarNetwork
-from residual_memory.demo.report import _rose, roses_figure
+from residual_memory.demo.report import roses_figure
 from residual_memory.demo.run import (
     BEST,
     KRIGING_NEIGHBORS,
@@ -400,6 +402,34 @@ def write_gallery(seen: Seen, train: Cifar100, test: Cifar100, folder: Path, pic
         rows = np.concatenate([moved[1][inside][:1], moved[1][~inside][:1], moved[-1][:1]])
         roses_figure(tuple(roses_of(seen, rows, train)), train, test).savefig(picture, dpi=70)
         Image.open(picture).convert("RGB").quantize().save(picture, optimize=True)
+
+
+def _rose(rose: Rose, class_names: tuple[str, ...], train: Cifar100, test: Cifar100) -> dict[str, Any]:
+    names = [name.replace("_", " ") for name in class_names]
+    return {
+        "row": rose.row,
+        "image": _embedded(test.images[rose.row]),
+        "label": names[rose.label],
+        "said": names[rose.said],
+        "label_scores": f"{rose.base[0]:.2f} → {rose.corrected[0]:.2f}",
+        "said_scores": f"{rose.base[1]:.2f} → {rose.corrected[1]:.2f}",
+        "near": [
+            {
+                "id": id,
+                "image": _embedded(train.images[id]),
+                "label": names[label],
+                "same": label == rose.label,
+                "weight": f"{100 * weight:.0f}",
+            }
+            for id, label, weight in zip(rose.ids, rose.labels, rose.weights, strict=True)
+        ],
+    }
+
+
+def _embedded(image: UInt8[ndarray, "3 h w"]) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1))).save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def roses_of(seen: Seen, rows: Int64[ndarray, " r"], train: Cifar100) -> list[Rose]:

@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from residual_memory.models.transformers import ResMemForCausalLM, tune_language
     from residual_memory.planning import Plan, estimate, nearest_fitting
     from residual_memory.privacy import PrivacyReport, audit_privacy
+    from residual_memory.reports.measured import make_report
+    from residual_memory.reports.page import Report
     from residual_memory.residuals import temper, top_m
     from residual_memory.shrinking import Shrunk, shrink
-    from residual_memory.survey import Survey, survey
+    from residual_memory.surveying import Survey, survey
     from residual_memory.tuning import TuningResult, tune, tune_gate
     from residual_memory.types import Neighbors, Observations, TopM
     from residual_memory.windows import Encoded, TextFile, Windows
@@ -90,13 +92,15 @@ _ROOMS = {
     "nearest_fitting": "planning",
     "PrivacyReport": "privacy",
     "audit_privacy": "privacy",
+    "Report": "reports.page",
+    "make_report": "reports.measured",
     "register_index": "indexes.registry",
     "temper": "residuals",
     "top_m": "residuals",
     "Shrunk": "shrinking",
     "shrink": "shrinking",
-    "Survey": "survey",
-    "survey": "survey",
+    "Survey": "surveying",
+    "survey": "surveying",
     "Evaluation": "evaluation",
     "Setting": "evaluation",
     "evaluate": "evaluation",
@@ -126,6 +130,7 @@ __all__ = [
     "Observations",
     "Plan",
     "PrivacyReport",
+    "Report",
     "ResMemClassifier",
     "ResMemForCausalLM",
     "ResMemModule",
@@ -155,6 +160,7 @@ __all__ = [
     "import_memory",
     "join_parts",
     "key_choices",
+    "make_report",
     "merge_memories",
     "nearest_fitting",
     "observe",

@@ -20,6 +20,7 @@ from residual_memory.correction import (
     residual_average,
     to_probabilities,
 )
+from residual_memory.display import html_table
 from residual_memory.errors import DimensionMismatch, InvalidInput
 from residual_memory.gate import Gate
 from residual_memory.memory import Memory
@@ -31,6 +32,7 @@ from residual_memory.validation import as_keys, as_labels, as_predictions
 Metric = Literal["accuracy", "log_loss", "rmse"]
 
 METRICS: dict[Task, tuple[Metric, ...]] = {"classification": ("accuracy", "log_loss"), "regression": ("rmse",)}
+METRIC_NAMES: dict[Metric, str] = {"accuracy": "accuracy", "log_loss": "log-loss, nats", "rmse": "RMSE"}
 MEMORY_ONLY_MIX = 0.01  # of the uniform distribution, so that the log-loss of a memory alone is finite
 
 
@@ -150,6 +152,23 @@ class Setting:
         except TypeError as error:
             raise InvalidInput(f"a setting has {', '.join(asdict(Setting()))}: {error}") from None
 
+    @property
+    def text(self) -> str:
+        """In one line, for people."""
+        if not self.shrinkage:
+            return "shrinkage 0, so predictions stay the base's"
+        sigma = self.bandwidth if isinstance(self.bandwidth, str) else f"{self.bandwidth:.4g}"
+        more = f", residual share {self.residual_share:g}" if self.residual_share != 1 else ""
+        return (
+            f"k {self.n_neighbors}, bandwidth {sigma}{' of the k-th distance' if self.local else ''}, "
+            f"temperature {self.temperature:g}, shrinkage {self.shrinkage:g}{more}, kernel {self.kernel}"
+            f"{', gated' if self.gate else ''}"
+        )
+
+    def _repr_html_(self) -> str:
+        named = asdict(self) | {"gate": "none" if self.gate is None else "fitted"}
+        return html_table("Setting", list(named.items()))
+
     def without_memory(self) -> "Setting":
         """The base alone, at the temperature that it was trained with."""
         return replace(self, shrinkage=0.0, temperature=1.0, gate=None)
@@ -189,6 +208,16 @@ class Evaluation:
             figure = f"{self.gain.value:+.4g} ± {self.gain.margin:.2g} {unit}"
         rows = f"on {self.n_rows:,} held-out rows"
         return f"gain {figure} {rows}" if self.helps else f"no gain: do not deploy ({figure} {rows})"
+
+    @property
+    def table(self) -> tuple[tuple[str, str, str], ...]:
+        """For people: a header, and each method with its figure and interval."""
+        figures = (("base", self.base), ("memory only", self.memory_only), ("corrected", self.corrected))
+        rows = ((name, *(part.percent if self.metric == "accuracy" else part.text)) for name, part in figures)
+        return ("", METRIC_NAMES[self.metric], "95 % interval"), *rows
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, self.table[1:], self.table[0])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a row of a result file."""
@@ -237,13 +266,7 @@ def evaluate(
     said = corrected_predictions(
         memory, rows.keys, rows.predictions, setting, memory_only=memory_only, index=index, exclude=exclude
     )
-    return summarize(
-        rows.metric,
-        base=rows.losses(rows.predictions, rows.predictions),
-        memory_only=rows.losses_alone(said.memory_only),
-        corrected=rows.losses(said.corrected, said.support),
-        groups=groups,
-    )
+    return evaluation_of(rows, said, groups)
 
 
 @dataclass(frozen=True)
@@ -252,15 +275,17 @@ class Predicted:
 
     Attributes
     ----------
-    base : predictions at the setting's temperature.
+    base : predictions at the setting's temperature; as they came where there is a gate.
     memory_only : the neighbours' labels alone.
     corrected : scores; `to_probabilities(corrected, support)` makes them valid.
+    nearest : distance to the nearest memory; +inf where there is none.
     gated : whether a gate made them valid already.
     """
 
     base: Float[ndarray, "q c"]
     memory_only: Float[ndarray, "q c"]
     corrected: Float[ndarray, "q c"]
+    nearest: Float[ndarray, " q"]
     gated: bool = False
 
     @property
@@ -298,7 +323,7 @@ def corrected_predictions(
         averages = replace(averages, labels=near, mass=weights.sum(axis=1))
     labels = label_average(snapshot, labelled.rows, label_weights[:, None, :])
     base, corrected = setting.corrected(predictions, averages, memory.layout.task)
-    return Predicted(base, labels[:, 0], corrected, gated=setting.gate is not None)
+    return Predicted(base, labels[:, 0], corrected, found.distances[:, 0], gated=setting.gate is not None)
 
 
 @dataclass(frozen=True)
@@ -352,6 +377,17 @@ class HeldOut:
             valid, uniform = to_probabilities(averages), 1 / averages.shape[1]
             return log_losses((1 - MEMORY_ONLY_MIX) * valid + MEMORY_ONLY_MIX * uniform, self.labels)
         return self.losses(averages, averages)
+
+
+def evaluation_of(rows: HeldOut, said: Predicted, groups: ArrayLike | None = None) -> Evaluation:
+    """The figures of what three methods say of held-out rows; `groups` as in `evaluate`."""
+    return summarize(
+        rows.metric,
+        base=rows.losses(rows.predictions, rows.predictions),
+        memory_only=rows.losses_alone(said.memory_only),
+        corrected=rows.losses(said.corrected, said.support),
+        groups=groups,
+    )
 
 
 def summarize(

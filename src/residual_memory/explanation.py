@@ -10,8 +10,11 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory.correction import Exclude, Found, ResidualKNN, correct
+from residual_memory.display import html_table
 from residual_memory.memory import Memory
 from residual_memory.validation import as_positive, as_values
+
+QUERIES_SHOWN, NEIGHBORS_SHOWN = 3, 10  # in a notebook
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,31 @@ class Explanation:
     weights: Float[ndarray, "q k"]
     contributions: Float[ndarray, "q k c"]
     corrected: Float[ndarray, "q c"]
+
+    @property
+    def shares(self) -> Float[ndarray, "q k"]:
+        """Of all that was moved in any output, each neighbour's part; 0 where nothing was moved."""
+        moved = np.abs(self.contributions).sum(axis=2)
+        total = moved.sum(axis=1, keepdims=True)
+        return moved / np.where(total > 0, total, 1.0)
+
+    def _repr_html_(self) -> str:
+        n, k = self.ids.shape
+        tables = []
+        for query in range(min(n, QUERIES_SHOWN)):
+            present = np.flatnonzero(np.isfinite(self.distances[query]))
+            rows = [
+                (
+                    self.ids[query, place],
+                    f"{self.distances[query, place]:.4g}",
+                    f"{100 * self.weights[query, place]:.1f} %",
+                    f"{100 * self.shares[query, place]:.1f} %",
+                )
+                for place in present[:NEIGHBORS_SHOWN]
+            ]
+            caption = f"query {query} of {n:,}: the nearest {len(rows)} of {len(present):,} neighbours"
+            tables.append(html_table(caption, rows, ("id", "distance", "weight", "share of the correction")))
+        return "".join(tables) or html_table(f"no query, {k} neighbours each", [])
 
 
 def explain(
@@ -125,8 +153,7 @@ def told_neighbors(
         for place, name, label in zip(present, ids.tolist(), snapshot.targets(rows).tolist(), strict=True)
     ]
     if isinstance(found, Explanation):
-        moved = np.abs(found.contributions[query]).sum(axis=1)
-        shares = moved / (moved.sum() or 1.0)
+        shares = found.shares[query]
         for place, entry in zip(present, entries, strict=True):
             entry["share"] = float(shares[place])
             if len(outputs):

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped
 from numpy import ndarray
 
+from residual_memory.display import html_table
 from residual_memory.errors import InvalidInput
 from residual_memory.kernels import kernel_named
 from residual_memory.metrics import Estimate, mean_interval
@@ -121,6 +122,19 @@ class LanguageSetting:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `Memory.save_setting` and result files."""
         return asdict(self)
+
+    @property
+    def text(self) -> str:
+        """In one line, for people."""
+        if self.gate is None and not self.shrinkage:
+            return "shrinkage 0, so predictions stay the base's"
+        sigma = self.bandwidth if isinstance(self.bandwidth, str) else f"{self.bandwidth:.4g}"
+        trust = "a gate by token" if self.gate else f"shrinkage {self.shrinkage:g}"
+        return f"k {self.n_neighbors}, bandwidth {sigma}, kernel {self.kernel}, {trust}"
+
+    def _repr_html_(self) -> str:
+        named = asdict(self) | {"gate": "none" if self.gate is None else "by token"}
+        return html_table("Setting of a language model", list(named.items()))
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "LanguageSetting":
@@ -244,6 +258,24 @@ class LanguageTuning:
             return "no gain: do not deploy"
         low, value = np.exp(self.corrected.value), np.exp(self.base.value)
         return f"perplexity {value:.2f} -> {low:.2f} ({self.gain.value:.3f} ± {self.gain.margin:.3f} nats a token)"
+
+    @property
+    def perplexities(self) -> dict[str, Estimate]:
+        """Of base and corrected."""
+        found = {"base": self.base, "corrected": self.corrected}
+        return {
+            name: Estimate(*(float(np.exp(end)) for end in (loss.value, loss.low, loss.high)))
+            for name, loss in found.items()
+        }
+
+    @property
+    def table(self) -> tuple[tuple[str, str, str], ...]:
+        """For people: a header, and each method with its perplexity and interval."""
+        rows = ((name, *figure.text) for name, figure in self.perplexities.items())
+        return ("", "perplexity", "95 % interval"), *rows
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, self.table[1:], self.table[0])
 
 
 def tune_tokens(
@@ -431,6 +463,26 @@ class TokenScores:
             "log_loss_gain_high": loss.high,
             "searched": float(self.searched.mean()),
         }
+
+    @property
+    def accuracies(self) -> dict[str, Estimate]:
+        """Of base, memory only and corrected; whole documents are the draws of the intervals."""
+        hits = {"base": self.base_hit, "memory_only": self.memory_hit, "corrected": self.corrected_hit}
+        return {name: mean_interval(hit.astype(float), self.documents) for name, hit in hits.items()}
+
+    @property
+    def table(self) -> tuple[tuple[str, str, str, str], ...]:
+        """For people: a header, and each method with its accuracy, interval and perplexity."""
+        losses = {"base": self.base_loss, "corrected": self.corrected_loss}
+        perplexity = {name: f"{np.exp(loss.mean()):.4g}" for name, loss in losses.items()}
+        rows = (
+            (name.replace("_", " "), *figure.percent, perplexity.get(name, ""))
+            for name, figure in self.accuracies.items()
+        )
+        return ("", "accuracy", "95 % interval", "perplexity"), *rows
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, self.table[1:], self.table[0])
 
     def by_frequency(self, counts: Int64[ndarray, " v"]) -> list[dict[str, float | int]]:
         """The summary for tokens of each frequency in the training text.

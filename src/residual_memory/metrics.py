@@ -40,6 +40,17 @@ class Estimate:
         """Half the width of the interval."""
         return (self.high - self.low) / 2
 
+    @property
+    def text(self) -> tuple[str, str]:
+        """For people: the figure, and its interval."""
+        return f"{self.value:.4g}", f"{self.low:.4g} to {self.high:.4g}"
+
+    @property
+    def percent(self) -> tuple[str, str]:
+        """As `text`, of a fraction; the normal interval knows no ends, so it is cut at them."""
+        low, high = max(self.low, 0.0), min(self.high, 1.0)
+        return f"{100 * self.value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
+
 
 def correctness(scores: ArrayLike, labels: ArrayLike) -> Float[ndarray, " q"]:
     """1 where the largest score is the label's, else 0. Ties go to the first class."""
@@ -120,6 +131,73 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, n_bins: int =
     bins = calibration_bins(probabilities, labels, n_bins)
     total = sum(entry["n"] for entry in bins)
     return sum(entry["n"] * abs(entry["confidence"] - entry["accuracy"]) for entry in bins) / total
+
+
+def risk_coverage(confidence: ArrayLike, losses: ArrayLike, n_points: int = 100) -> list[dict[str, float]]:
+    """The mean loss of the surest part of the rows, for parts of growing size: what a risk-coverage curve shows.
+
+    Parameters
+    ----------
+    confidence : of each row [q]; of equally sure rows the first come first.
+    losses : of each row [q].
+    n_points : at most so many parts.
+
+    Returns
+    -------
+    For each part `coverage`, the rows in it, from above 0 to 1, and `risk`.
+
+    References
+    ----------
+    El-Yaniv and Wiener, "On the foundations of noise-free selective classification", JMLR 2010.
+    """
+    sure, lost = np.asarray(confidence, np.float64), np.asarray(losses, np.float64)
+    if sure.ndim != 1 or sure.shape != lost.shape or not len(sure):
+        raise DimensionMismatch(f"confidence has shape {sure.shape} and losses {lost.shape}, expected [q] and [q]")
+    counts = np.unique(np.linspace(0, len(sure), as_count("n_points", n_points) + 1).round().astype(int))[1:]
+    risks = np.cumsum(lost[np.argsort(-sure, kind="stable")])[counts - 1] / counts
+    return [{"coverage": float(n / len(sure)), "risk": float(risk)} for n, risk in zip(counts, risks, strict=True)]
+
+
+def gains_by(
+    values: ArrayLike, gains: ArrayLike, n_bins: int = 8, groups: ArrayLike | None = None
+) -> list[dict[str, float]]:
+    """Where a gain comes from: its mean over rows of about the same value, in bins of about as many rows each.
+
+    Parameters
+    ----------
+    values : what to sort the rows by [q], such as the distance to the nearest memory; rows whose value is not finite
+        are left out.
+    gains : of each row [q].
+    n_bins : at most so many; rows of one value are never split.
+    groups : as in `mean_interval`.
+
+    Returns
+    -------
+    For each bin `low`, `high`, `n`, and `gain`, `gain_low` and `gain_high`, as in a result file.
+    """
+    places, won = np.asarray(values, np.float64), np.asarray(gains, np.float64)
+    if places.ndim != 1 or places.shape != won.shape:
+        raise DimensionMismatch(f"values have shape {places.shape} and gains {won.shape}, expected [q] and [q]")
+    usable = np.isfinite(places)
+    if not usable.any():
+        return []
+    edges = np.unique(np.quantile(places[usable], np.linspace(0, 1, as_count("n_bins", n_bins) + 1)))
+    bin_of = np.clip(np.searchsorted(edges, places, side="right") - 1, 0, max(len(edges) - 2, 0))
+    bins = []
+    for number in np.unique(bin_of[usable]):
+        here = usable & (bin_of == number)
+        gain = mean_interval(won[here], None if groups is None else np.asarray(groups)[here])
+        bins.append(
+            {
+                "low": float(places[here].min()),
+                "high": float(places[here].max()),
+                "n": float(here.sum()),
+                "gain": gain.value,
+                "gain_low": gain.low,
+                "gain_high": gain.high,
+            }
+        )
+    return bins
 
 
 def squared_errors(values: ArrayLike, targets: ArrayLike) -> Float[ndarray, " q"]:

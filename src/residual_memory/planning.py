@@ -17,6 +17,7 @@ import numpy as np
 from numpy import ndarray
 
 from residual_memory.correction import TABLE_BYTES
+from residual_memory.display import html_table, size_text, time_text
 from residual_memory.errors import InvalidInput, StorageFailure
 from residual_memory.indexes.footprint import Footprint, timed
 from residual_memory.indexes.registry import (
@@ -147,6 +148,16 @@ class Plan:
         return not self.shortages
 
     @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """For people: what it takes, by name."""
+        return (*_sizes(self), *_times(self))
+
+    def _repr_html_(self) -> str:
+        missing = ", ".join(self.shortages)
+        fits = "fits" if self.fits else f"does not fit: {missing}"
+        return html_table(f"Plan of {self.n_rows:,} rows: {fits}", self.facts)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The arguments of `estimate` that name the plan."""
         layout = self.layout
@@ -157,6 +168,38 @@ class Plan:
             "top_m": self.top_m,
             "index": self.index,
         }
+
+
+def _sizes(plan: Plan) -> list[tuple[str, str]]:
+    footprint = plan.footprint
+    table = size_text(plan.table_bytes) if plan.table_bytes else "read from disk: too many to keep ready"
+    return [
+        ("on disk", f"{size_text(plan.disk_bytes)} of {size_text(plan.free_disk)} that are free"),
+        ("  rows", f"{size_text(plan.rows_bytes)}, {plan.row_bytes:,} bytes each"),
+        ("  index", f"{size_text(footprint.saved)}, where it is kept" if footprint.saved else "made anew when opened"),
+        ("  held", f"{size_text(plan.reserve_bytes + plan.manifest_bytes)} for forgetting, and the manifest"),
+        ("  at most", f"{size_text(plan.compaction_bytes)}, while rows that were forgotten everywhere are erased"),
+        ("in RAM", f"{size_text(plan.search_bytes)} of {size_text(plan.free_ram)}, besides the libraries"),
+        ("  index", f"{size_text(footprint.ram)}, {plan.engine}"),
+        ("  residuals", table),
+        ("  ids", size_text(plan.ids_bytes)),
+        ("  at most", f"{size_text(plan.building_bytes)}, while it is built"),
+    ]
+
+
+def _times(plan: Plan) -> list[tuple[str, str]]:
+    seconds = plan.seconds
+    if seconds is None:
+        return []
+    extracting = [("  model", time_text(seconds.extracting))] if seconds.extracting else []
+    left_out = "" if extracting else ", besides running the model"
+    return [
+        ("time", f"{time_text(seconds.total)}{left_out}, if this machine goes on as in the probe"),
+        *extracting,
+        ("  rows", f"{time_text(seconds.writing)} to write"),
+        ("  index", f"{time_text(seconds.training)} to train, {time_text(seconds.filling)} to fill"),
+        *([("", f"{time_text(seconds.measuring)} to measure its recall")] if seconds.measuring else []),
+    ]
 
 
 def estimate(

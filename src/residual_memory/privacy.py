@@ -23,6 +23,7 @@ from residual_memory.correction import (
     residual_averages,
     to_probabilities,
 )
+from residual_memory.display import html_table
 from residual_memory.errors import HeldRows, InvalidInput
 from residual_memory.evaluation import HeldOut, Metric, Setting, summarize
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
@@ -131,6 +132,38 @@ class PrivacyReport:
         )
         return f"{told}; at best {_short(tight.auc_calibrated)} at {tight.max_weight:g}, {cost}"
 
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """For people: what holds whatever the cap."""
+        return (
+            (f"base, {_NAMES[self.metric]}", self._figure(self.base)),
+            ("base, AUC", _area(self.auc_base)),
+            ("nearest memory, AUC", f"{_area(self.auc_nearest)}, for whoever may ask for neighbors"),
+        )
+
+    @property
+    def table(self) -> tuple[tuple[str, ...], ...]:
+        """For people: a header, and a row for each cap."""
+        rows = (
+            (
+                f"{cap.max_weight:g}",
+                self._figure(cap.corrected),
+                self._figure(cap.gain, "+"),
+                _area(cap.auc_corrected),
+                _area(cap.auc_calibrated),
+            )
+            for cap in self.caps
+        )
+        return ("max_weight", _NAMES[self.metric], "gain", "AUC corrected", "AUC with base"), *rows
+
+    def _figure(self, figure: Estimate, sign: str = "") -> str:
+        if self.metric == "accuracy":
+            return f"{100 * figure.value:{sign}.1f} ± {100 * figure.margin:.1f}"
+        return f"{figure.value:{sign}.4g} ± {figure.margin:.2g}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, self.table[1:], self.table[0]) + html_table("whatever the cap", self.facts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: every figure with its ends, and a list of the caps."""
         return {
@@ -143,6 +176,7 @@ class PrivacyReport:
 
 
 _IN_CAP = ("corrected", "gain", "auc_corrected", "auc_calibrated")
+_NAMES: dict[Metric, str] = {"accuracy": "accuracy, %", "rmse": "RMSE"}
 _IN_REPORT = ("base", "auc_base", "auc_nearest")
 
 
@@ -354,6 +388,10 @@ def _confidence(said: Float[ndarray, "q c"], labels: Shaped[ndarray, "q ..."], t
     if task == "regression":
         return -np.abs(said - labels).mean(axis=1, dtype=np.float64)
     return said[np.arange(len(said)), labels].astype(np.float64)
+
+
+def _area(figure: Estimate) -> str:
+    return f"{figure.value:.3f} ± {figure.margin:.3f}"
 
 
 def _with_ends(figures: Capped | PrivacyReport, names: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,8 @@ import pytest
 
 import residual_memory as rm
 from residual_memory._version import __version__
-from residual_memory.cli.output import plain, shown
+from residual_memory.cli.output import plain
+from residual_memory.display import shown
 from tests.cli.workshop import as_npz, columns, done, resmem
 
 HOSTILE = ("\x1b[31mred\x1b[0m", "[bold]loud[/bold]", "two\nlines\r", "\u202eesrever :smile:")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import residual_memory as rm
-from residual_memory.cli.output import size_text
 from residual_memory.cli.planning import size_of
+from residual_memory.display import size_text
 from residual_memory.errors import InvalidInput
 from residual_memory.types import Task
 from tests.cli.workshop import done, resmem

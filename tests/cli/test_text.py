@@ -13,6 +13,7 @@ import pytest
 
 import residual_memory as rm
 from tests.cli.workshop import Ran, as_npz, columns, done, resmem
+from tests.reports.pages import read
 from tests.tales import VOCABULARY, save_model, tale, tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -201,9 +202,15 @@ def test_no_gain_exits_with_1(shop: Shop) -> None:
     assert done("info", "new", "--json").json["setting"]["shrinkage"] == 0
 
 
-def test_the_text_of_the_memory_itself_is_warned_of(shop: Shop) -> None:
-    words = ("--data", "train.txt", *MODEL, "--limit", "200")
-    assert "so the figures are too good" in resmem("evaluate", "mem", *words).err
+def test_the_text_of_the_memory_itself_is_warned_of_in_the_report_too(shop: Shop) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("--data", "train.txt", *MODEL, "--limit", "200", "--json")
+    ran = resmem("evaluate", "mem", *words, "--out", "r.html")
+    assert "so the figures are too good" in ran.err
+    page = read(Path("r.html").read_text())
+    assert "so the figures are too good" in page.text
+    assert ran.json["verdict"] in page.text
+    assert f"corrected {100 * ran.json['corrected']:.2f} ±" in page.text
     assert "so the figures are too good" not in resmem("evaluate", "mem", "--data", "test.txt", *MODEL).err
 
 

@@ -11,6 +11,7 @@ from residual_memory.demo import run
 from residual_memory.demo.assets import N_TRAIN, SHIPPED_KEYS, ShippedKeys, shipped_keys, shipped_settings, write_keys
 from residual_memory.demo.cifar100 import Cifar100, Split, find_cifar100, held_out_split, read_cifar100
 from residual_memory.demo.run import DemoResult, run_demo
+from tests.reports.pages import read
 
 needs_images = pytest.mark.skipif(find_cifar100() is None, reason="CIFAR-100 is not on this machine: run `make data`")
 
@@ -56,9 +57,11 @@ def test_the_json_has_the_fields_of_a_result_file(from_keys: DemoResult) -> None
 
 def test_the_report_is_one_file_without_outside_requests(from_keys: DemoResult) -> None:
     assert from_keys.report is not None
-    page = from_keys.report.read_text()
-    assert "Gain by class" in page
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    page = read(from_keys.report.read_text())
+    assert "Gain by class" in page.text
+    (row,) = from_keys.rows
+    assert row.evaluation.verdict in page.text
+    assert f"corrected {100 * row.evaluation.corrected.value:.2f} ±" in page.text
 
 
 def test_the_held_out_images_are_a_fixed_tenth() -> None:
@@ -84,9 +87,15 @@ def test_the_demo_runs_on_images_and_shows_roses(tmp_path: Path, monkeypatch: py
     assert result.roses
     test = read_cifar100(folder, "test")
     superclasses = dict(zip(test.labels.tolist(), test.superclasses.tolist(), strict=True))
-    assert all(superclasses[rose.label] == superclasses[rose.said] for rose in result.roses)
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == sum(1 + len(rose.ids) for rose in result.roses)
+    assert result.lost
+    assert all(superclasses[rose.label] == superclasses[rose.said] for rose in (*result.roses, *result.lost))
+    said = result.rows[-1].said
+    for rose in result.roses:
+        assert (said.base[rose.row].argmax(), said.corrected[rose.row].argmax()) == (rose.said, rose.label)
+    for rose in result.lost:
+        assert (said.base[rose.row].argmax(), said.corrected[rose.row].argmax()) == (rose.label, rose.said)
+    page = read((tmp_path / "report.html").read_text())
+    assert len(page.pictures) == sum(1 + len(rose.ids) for rose in (*result.roses, *result.lost))
     assert all(row.memory is not None and (row.memory / "manifest.json").exists() for row in result.rows)
 
 

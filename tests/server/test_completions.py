@@ -93,6 +93,23 @@ def test_log_probabilities_of_an_echoed_prompt_are_those_of_the_library(client: 
     assert choice.finish_reason == "length"
 
 
+def test_answers_to_choose_from_are_scored_as_lm_evaluation_harness_scores_them(client: Any, made: Library) -> None:
+    """Token lists, one new token, which it cuts off again; a document's end may be that token."""
+    document = made.documents[3]
+    pairs = [(document[:5], document[5:9]), (document[:7], document[7:]), (document, [0])]
+    prompts = [context + answer for context, answer in pairs]
+    found = client.completions.create(
+        model=MODEL, prompt=prompts, max_tokens=1, echo=True, logprobs=1, temperature=0, seed=1234
+    )
+    for (context, answer), choice in zip(pairs, found.choices, strict=True):
+        scores = made.lm.score([{"input_ids": context + answer}])
+        told = choice.logprobs
+        assert len(told.tokens) == len(context + answer) + 1
+        assert sum(told.token_logprobs[len(context) : -1]) == pytest.approx(
+            -scores.corrected_loss[len(context) - 1 :].sum(), abs=1e-3
+        )
+
+
 def test_a_prompt_is_scored_alike_in_pieces(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"model": MODEL, "prompt": PROMPTS[2], "max_tokens": 2, "echo": True, "logprobs": 2, "temperature": 0}
     whole = client.completions.create(**asked).choices[0]
@@ -148,19 +165,22 @@ def test_several_texts_of_a_prompt_differ_and_a_seed_repeats_them(client: Any) -
     assert texts != [choice.text for choice in other.choices]
 
 
-def test_a_small_nucleus_is_greedy(client: Any, made: Library) -> None:
-    found = client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=10, top_p=1e-6, seed=1)
+@pytest.mark.parametrize("options", [{"top_p": 1e-6}, {"temperature": 1e-300}, {"temperature": 1e-3}])
+def test_a_small_nucleus_and_a_low_temperature_are_greedy(
+    client: Any, made: Library, options: dict[str, float]
+) -> None:
+    found = client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=10, seed=1, **options)
     assert found.choices[0].text == generated(made, PROMPTS[0], 10)
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
-    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     choose = Sampling(1.0, 1.0, torch.Generator().manual_seed(0))
-    seen = torch.bincount(torch.tensor([choose(shares.log()) for _ in range(4000)])) / 4000
+    seen = torch.bincount(torch.tensor([choose(shares.log()) for _ in range(4000)])).double() / 4000
     torch.testing.assert_close(seen, shares, atol=0.03, rtol=0)
     nucleus = Sampling(1.0, 0.75, torch.Generator().manual_seed(0))  # the fewest tokens that have it: two
-    seen = torch.bincount(torch.tensor([nucleus(shares.log()) for _ in range(4000)]), minlength=4) / 4000
-    torch.testing.assert_close(seen, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0)
+    seen = torch.bincount(torch.tensor([nucleus(shares.log()) for _ in range(4000)]), minlength=4).double() / 4000
+    torch.testing.assert_close(seen, torch.tensor([0.625, 0.375, 0, 0], dtype=torch.float64), atol=0.03, rtol=0)
 
 
 # ---------------------------------------------------------------------- where it ends
@@ -196,8 +216,10 @@ def test_the_end_of_a_document_ends_the_text(client: Any, made: Library) -> None
     """Whatever `generate` stops at."""
     ended = [prompt for prompt in (made.tokenizer.decode(some) for some in made.documents) if _ends(made, prompt)]
     assert ended, "no document ends where the memory says so"
-    found = client.completions.create(model=MODEL, prompt=ended[0], max_tokens=3, temperature=0)
-    assert (found.choices[0].text, found.choices[0].finish_reason) == ("", "stop")
+    found = client.completions.create(model=MODEL, prompt=ended[0], max_tokens=3, temperature=0, logprobs=0)
+    (choice,) = found.choices
+    assert (choice.text, choice.finish_reason, found.usage.completion_tokens) == ("", "stop", 1)
+    assert (choice.logprobs.tokens, choice.logprobs.text_offset) == (["<|end|>"], [len(ended[0])])
 
 
 def _ends(made: Library, prompt: str) -> bool:

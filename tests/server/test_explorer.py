@@ -14,7 +14,7 @@ from residual_memory.correction import ById
 from residual_memory.evaluation import Setting
 from residual_memory.memory import Memory
 from residual_memory.server import create_app
-from residual_memory.survey import survey
+from residual_memory.surveying import survey
 from tests.problems import classification, memory_of, regression
 from tests.server.conftest import BEARER, TOKEN, small_memory
 

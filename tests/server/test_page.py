@@ -273,3 +273,44 @@ def test_a_server_that_stops_is_said_in_words(browser: Any) -> None:
     visit.page.wait_for_selector("#answer .error")
     assert "does not answer" in visit.page.inner_text("#answer .error")
     visit.page.close()
+
+
+def test_a_text_memory_is_asked_changed_and_mapped(browser: Any, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from tests.server.texts import library
+
+    made = library(tmp_path / "memory")
+    with running(made.app()) as address:
+        visit = Visit(browser, address)
+        assert cards(visit).first.locator("mark").inner_text()
+        assert visit.page.get_by_role("tab").all_inner_texts() == ["Explain", "Map", "Log"]
+        visit.page.keyboard.press("/")
+        visit.page.keyboard.type("the owl")
+        visit.page.keyboard.press("Control+Enter")
+        expect(visit.page.locator("#answer .verdict")).to_contain_text("the owl…")
+        before = visit.page.inner_text("#answer .bars")
+        name = cards(visit).first.get_attribute("data-id")
+        cards(visit).first.focus()
+        visit.page.keyboard.press("x")
+        expect(visit.page.locator(f'.card.off[data-id="{name}"]')).to_be_visible()
+        assert visit.page.inner_text("#answer .bars") != before
+        visit.page.locator(f'.card.off[data-id="{name}"]').focus()
+        visit.page.keyboard.press("x")
+        expect(visit.page.locator(".card.off")).to_have_count(0)
+        n = len(made.memory)
+        visit.page.fill("[aria-label='How it goes on']", " saw a mouse")
+        visit.page.keyboard.press("Enter")
+        expect(visit.page.locator("#facts")).not_to_contain_text(f"{n:,} memories")
+        assert len(made.memory) > n
+        expect(visit.page.locator("#toast")).to_contain_text("Remembered")
+        visit.page.select_option("[aria-label=Order]", "distance")
+        expect(cards(visit).first.locator(".label")).to_have_text("saw")
+        name = cards(visit).first.get_attribute("data-id")
+        assert name in [str(row) for row in made.memory.ids[n:]]
+        cards(visit).first.get_by_role("button", name="Forget").click()
+        visit.page.locator("#confirm").get_by_role("button", name="Forget").click()
+        expect(visit.page.locator("#toast")).to_contain_text("Forgotten")
+        expect(visit.page.locator(f'#answer .card[data-id="{name}"]')).to_have_count(0)
+        visit.page.get_by_role("tab", name="Map").click()
+        visit.page.wait_for_selector("canvas[role=img]", timeout=60_000)
+        visit.close()

@@ -1,5 +1,6 @@
 """A small language model with a memory of a text, to be served."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,11 @@ class Library:
         return torch.tensor([self.tokenizer(text).input_ids])
 
 
-def library(path: Any = None, *, positions: int = 256) -> Library:
-    """A GPT-2 with large weights, so that its predictions differ, and a memory of 40 documents."""
+def library(path: Any = None, *, positions: int = 256, more: Sequence[str] = ()) -> Library:
+    """A GPT-2 with large weights, so that its predictions differ, and a memory of 40 documents and of more."""
     texts = tale(40, 1).split("\n\n")
     own = tokenizer(texts)
+    texts += more
     network = model(positions=positions)
     with torch.no_grad():
         for parameter in network.parameters():

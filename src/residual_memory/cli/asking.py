@@ -18,8 +18,9 @@ from residual_memory.cli import options
 from residual_memory.cli.data import Reading, rows_for
 from residual_memory.cli.measuring import saved_setting
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs
-from residual_memory.cli.output import report, shown, table
+from residual_memory.cli.output import report, table
 from residual_memory.correction import ResidualKNN
+from residual_memory.display import shown
 from residual_memory.errors import InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.exchange import Block, Rows

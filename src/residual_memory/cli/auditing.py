@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from residual_memory.cli import options
 from residual_memory.cli.data import Reading, read_all, rows_for
@@ -11,8 +10,7 @@ from residual_memory.cli.measuring import saved_setting
 from residual_memory.cli.options import BatchSize, Data, ImageSize, Index, Json, MemoryPath, Model, Outputs
 from residual_memory.cli.output import facts, report, table
 from residual_memory.indexes.registry import check_index
-from residual_memory.metrics import Estimate
-from residual_memory.privacy import MAX_WEIGHTS, N_MEMBERS, PrivacyReport, audit_privacy
+from residual_memory.privacy import MAX_WEIGHTS, N_MEMBERS, audit_privacy
 from residual_memory.validation import as_count, as_fraction
 
 MEANING = (
@@ -79,49 +77,11 @@ def privacy(
         },
         f"{found.n_members:,} rows of the memory against {found.n_rows:,} that it does not hold; 95 % intervals",
         "",
-        _without_caps(found),
+        facts(found.facts),
         "",
-        _by_cap(found),
+        table(found.table[0], found.table[1:], numbers=found.table[0]),
         "",
         found.verdict,
         MEANING,
         as_json=as_json,
     )
-
-
-def _without_caps(found: PrivacyReport) -> Table:
-    return facts(
-        [
-            (f"base, {_NAMES[found.metric]}", _figure(found, found.base)),
-            ("base, AUC", _area(found.auc_base)),
-            ("nearest memory, AUC", f"{_area(found.auc_nearest)}, for whoever may ask for neighbors"),
-        ]
-    )
-
-
-def _by_cap(found: PrivacyReport) -> Table:
-    header = ("max_weight", _NAMES[found.metric], "gain", "AUC corrected", "AUC with base")
-    cells = [
-        (
-            f"{cap.max_weight:g}",
-            _figure(found, cap.corrected),
-            _figure(found, cap.gain, "+"),
-            _area(cap.auc_corrected),
-            _area(cap.auc_calibrated),
-        )
-        for cap in found.caps
-    ]
-    return table(header, cells, numbers=header)
-
-
-_NAMES = {"accuracy": "accuracy, %", "rmse": "RMSE"}
-
-
-def _figure(found: PrivacyReport, figure: Estimate, sign: str = "") -> str:
-    if found.metric == "accuracy":
-        return f"{100 * figure.value:{sign}.1f} ± {100 * figure.margin:.1f}"
-    return f"{figure.value:{sign}.4g} ± {figure.margin:.2g}"
-
-
-def _area(figure: Estimate) -> str:
-    return f"{figure.value:.3f} ± {figure.margin:.3f}"

@@ -30,8 +30,9 @@ from residual_memory.cli.options import (
     chosen,
     leave_out,
 )
-from residual_memory.cli.output import note, report, size_text
+from residual_memory.cli.output import note, report
 from residual_memory.cli.text import POST_ATTENTION, TextReading, autocast_named, reading
+from residual_memory.display import size_text
 from residual_memory.errors import DataNotFound, FingerprintMismatch, InvalidInput, ResidualMemoryError
 from residual_memory.exchange import Rows
 from residual_memory.exchange.npy import npy_file

@@ -59,7 +59,8 @@ class ModelRows(Rows):
         names: Sequence[str] | None = None,
     ) -> None:
         self._names = names
-        self.name, self._watch, self._dataset, self._labelled = name, watch, dataset, labelled
+        self.name, self.dataset = name, dataset
+        self._watch, self._labelled = watch, labelled
         self._batch_size = batch_of(batch_size)
         self.n_rows = len(dataset)
         self.columns = frozenset({"keys", "predictions", "labels"} if labelled else {"keys", "predictions"})
@@ -67,7 +68,7 @@ class ModelRows(Rows):
     def blocks(self, *, first: int = 0, size: int | None = None) -> Iterator[Block]:
         from torch.utils.data import DataLoader, Subset
 
-        chosen_rows: Any = Subset(self._dataset, range(first, self.n_rows))  # type: ignore[arg-type]
+        chosen_rows: Any = Subset(self.dataset, range(first, self.n_rows))  # type: ignore[arg-type]
         batches = iter(DataLoader(chosen_rows, size or self._batch_size))
         while True:
             with user_code(f"running the model on {self.name}", FITTING):
@@ -196,6 +197,7 @@ class Queries:
     predictions: Float[ndarray, "q c"]
     labels: Shaped[ndarray, "q ..."]
     groups: Shaped[ndarray, " q"] | None
+    examples: Examples | None = None  # that a model saw
 
 
 def read_all(rows: Rows, memory: Memory) -> Queries:
@@ -215,4 +217,20 @@ def read_all(rows: Rows, memory: Memory) -> Queries:
         np.concatenate([block.whole for block in blocks]),
         np.concatenate(labels),
         np.concatenate(groups) if groups else None,
+        rows.dataset if isinstance(rows, ModelRows) else None,
     )
+
+
+def examples_at(option: str, data: str, memory: Memory, image_size: int | None) -> Examples:
+    """What the rows of a memory were made of, to be shown with them.
+
+    Raises
+    ------
+    DataNotFound, InvalidInput : if there are no such data, or they are keys or text.
+    """
+    found = open_data(data, image_size=image_size, class_names=memory.class_names)
+    if isinstance(found, Rows):
+        raise InvalidInput(f"{option} is {data}, which holds keys and no examples; name what the keys are of")
+    if isinstance(found, TextFile):
+        raise InvalidInput(f"{option} is {data}, but the memory at {memory.path} is of no text; name its own data")
+    return found

@@ -16,7 +16,8 @@ import typer
 
 from residual_memory._version import __version__
 from residual_memory.cli.options import Json
-from residual_memory.cli.output import facts, report, size_text, table
+from residual_memory.cli.output import facts, report, table
+from residual_memory.display import size_text
 from residual_memory.errors import DataNotFound
 from residual_memory.memory import Memory
 from residual_memory.memory.storage import Directory

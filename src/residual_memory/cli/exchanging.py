@@ -8,7 +8,8 @@ import typer
 
 from residual_memory.cli import options
 from residual_memory.cli.options import Json, MemoryPath, chosen, open_memory, similar
-from residual_memory.cli.output import facts, report, shown, size_text
+from residual_memory.cli.output import facts, report
+from residual_memory.display import shown, size_text
 from residual_memory.errors import DataNotFound
 from residual_memory.exchange import export_memory, import_memory, merge_memories
 from residual_memory.memory import Memory

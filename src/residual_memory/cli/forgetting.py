@@ -12,7 +12,8 @@ from rich.table import Table
 
 from residual_memory.cli.carrying import Owners, WithTags, as_kind, meant, moment_text, where_of
 from residual_memory.cli.options import Json, MemoryPath, leave_out, lines_of, open_memory
-from residual_memory.cli.output import report, shown, size_text, table
+from residual_memory.cli.output import report, table
+from residual_memory.display import shown, size_text
 from residual_memory.errors import InvalidInput, StorageFailure
 from residual_memory.memory import Certificate, Memory
 

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from residual_memory.cli.carrying import moment_text
 from residual_memory.cli.options import Index, Json, MemoryPath, open_memory, similar
-from residual_memory.cli.output import facts, report, shown, size_text, table
+from residual_memory.cli.output import facts, report, table
 from residual_memory.correction import ResidualKNN
+from residual_memory.display import shown, size_text
 from residual_memory.errors import CorruptFile, MemoryNotFound
 from residual_memory.indexes.registry import check_index
 from residual_memory.memory import Inventory, Memory, Problem

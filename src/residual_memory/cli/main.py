@@ -31,6 +31,7 @@ from residual_memory.cli import (
 )
 from residual_memory.cli.options import Interrupted
 from residual_memory.cli.output import note, report
+from residual_memory.cli.reporting import COMMAND_LINE
 from residual_memory.errors import (
     BrokenPlugin,
     CorruptFile,
@@ -144,6 +145,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     _never_fail_to_print()
     command = typer.main.get_command(app)
+    COMMAND_LINE.set(tuple(arguments))
     with _warnings_as_notes():
         try:
             code = command.main(arguments or ["--help"], prog_name="resmem", standalone_mode=False)

@@ -5,16 +5,17 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
 from numpy import ndarray
-from rich.table import Table
 
 from residual_memory import evaluation, tuning
 from residual_memory.cli import options
-from residual_memory.cli.data import Queries, Reading, read_all, rows_for
+from residual_memory.cli.data import Queries, Reading, examples_at, read_all, rows_for
+from residual_memory.cli.loading import user_code
 from residual_memory.cli.measuring_text import evaluate_text, tune_text
 from residual_memory.cli.options import (
     BatchSize,
@@ -33,13 +34,13 @@ from residual_memory.cli.options import (
     leave_out,
 )
 from residual_memory.cli.output import note, report, table
+from residual_memory.cli.reporting import CROSS_FITTED, Out, ShownExamples, check_out, provenance
 from residual_memory.cli.text import TextReading, text_at
 from residual_memory.correction import ResidualKNN
 from residual_memory.errors import InvalidInput
-from residual_memory.evaluation import METRICS, Evaluation, Setting
+from residual_memory.evaluation import METRICS, Evaluation, HeldOut, Setting, corrected_predictions, evaluation_of
 from residual_memory.indexes.registry import check_index
 from residual_memory.memory import HELD_TOO_OFTEN, Memory, share_held
-from residual_memory.metrics import Estimate
 from residual_memory.progress import progress_bar
 from residual_memory.validation import as_count, as_positive
 
@@ -77,23 +78,25 @@ def tune(
     autocast: TextAutocast = None,
     batch_size: BatchSize = None,
     image_size: ImageSize = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Choose the setting on held-out data, and say whether the memory helps.
 
     The figures are cross-fitted: no row is measured with a setting that it chose. Exits with 1 where there is no gain.
     """
+    check_out(out)
     text = TextReading(model, tokenizer, length, None, limit, batch_size, autocast)
     with options.open_memory(path, writable=save) as memory:
         check_index(index, memory.layout.dim)
         if (file := text_at(data)) is not None:
             others = {"--metric": metric is not None, "--no-gate": gate is False}
             leave_out(f"{data} is text", {**others, **_not_for_text(outputs, image_size)})
-            tune_text(memory, file, text, kernel, index, save, as_json)
+            tune_text(memory, file, text, kernel, index, save, out, as_json)
             return
         leave_out(f"{data} is no text", text.given)
         wanted = _metric(metric, memory)
-        rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
+        rows, warned = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
         seen = (memory, rows.keys, rows.labels, rows.predictions)
         result = tuning.tune(*seen, metric=wanted, kernel=kernel or "exponential", index=index, groups=rows.groups)
         if gate and result.best.shrinkage:
@@ -104,8 +107,13 @@ def tune(
                 note(f"the gate is left out, {gated.verdict}; the figures are those of the setting without it")
         if save:
             memory.save_setting(result.best.to_dict())
+        if out is not None:
+            from residual_memory.reports.measured import tuning_report
+
+            facts = provenance(data)
+            tuning_report(memory, result, result.best, facts=facts, notes=(CROSS_FITTED, *warned)).write(out)
         kept = f"saved with {path}" if save else "not saved"
-        _report_evaluation(memory, data, result, result.best, kept, as_json)
+        _report_evaluation(memory, data, result, result.best, kept, out, as_json)
 
 
 def evaluate(
@@ -142,14 +150,21 @@ def evaluate(
     autocast: TextAutocast = None,
     batch_size: BatchSize = None,
     image_size: ImageSize = None,
+    out: Out = None,
+    examples: ShownExamples = None,
     as_json: Json = False,
 ) -> None:
     """Measure the saved setting on data that did not choose it. Exits with 1 where there is no gain."""
+    check_out(out)
     memory = options.open_memory(path)
     check_index(index, memory.layout.dim)
     text, file = TextReading(model, tokenizer, length, stride, limit, batch_size, autocast), text_at(data)
     if file is not None:
-        others = {"--metric": metric is not None, "--temperature": temperature is not None}
+        others = {
+            "--metric": metric is not None,
+            "--temperature": temperature is not None,
+            "--examples": examples is not None,
+        }
         leave_out(f"{data} is text", {**others, **_not_for_text(outputs, image_size)})
     else:
         leave_out(f"{data} is no text", text.given)
@@ -164,14 +179,34 @@ def evaluate(
         changes["shrinkage"] = 0.0
     given = {name: value for name, value in changes.items() if value is not None}
     if file is not None:
-        evaluate_text(memory, file, text, given, index, as_json)
+        evaluate_text(memory, file, text, given, index, out, as_json)
         return
+    if examples is not None and out is None:
+        raise InvalidInput("--examples is for the report; add --out FILE.html, or leave it out")
+    of_memory = None if examples is None else examples_at("--examples", examples, memory, image_size)
     setting = saved_setting(memory, **given)
-    rows = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
-    result = evaluation.evaluate(
-        memory, rows.keys, rows.labels, rows.predictions, setting, metric=wanted, index=index, groups=rows.groups
-    )
-    _report_evaluation(memory, data, result, setting, None, as_json)
+    rows, warned = _held_out(data, memory, Reading(model, outputs, batch_size, image_size))
+    held_out = HeldOut.checked(memory, rows.keys, rows.labels, rows.predictions, wanted, rows.groups)
+    said = corrected_predictions(memory, held_out.keys, held_out.predictions, setting, index=index)
+    result = evaluation_of(held_out, said, rows.groups)
+    if out is not None:
+        from residual_memory.reports.measured import report_of
+
+        with user_code("showing the examples", "are they what the memory was built from?"):
+            report_of(
+                memory,
+                held_out,
+                setting,
+                said,
+                result,
+                index=index,
+                groups=rows.groups,
+                examples=of_memory,
+                held_out=rows.examples,
+                facts=provenance(data),
+                notes=warned,
+            ).write(out)
+    _report_evaluation(memory, data, result, setting, None, out, as_json)
 
 
 def _not_for_text(outputs: str, image_size: int | None) -> dict[str, bool]:
@@ -204,19 +239,28 @@ def _bandwidth(text: str) -> float | str:
         raise InvalidInput(f"--bandwidth is {text!r}, expected a number above 0 or 'auto'") from None
 
 
-def _held_out(data: str, memory: Memory, reading: Reading) -> Queries:
+def _held_out(data: str, memory: Memory, reading: Reading) -> tuple[Queries, tuple[str, ...]]:
+    """The rows, and what a reader of their figures is to be warned of."""
     rows = read_all(rows_for(data, memory, reading), memory)
     share = share_held(memory, rows.keys)
-    if share > HELD_TOO_OFTEN:
-        note(
-            f"warning: {100 * share:.0f} % of {data} are rows that the memory holds, so the figures are too good; "
-            "use data that it was not built from"
-        )
-    return rows
+    if share <= HELD_TOO_OFTEN:
+        return rows, ()
+    warning = (
+        f"{100 * share:.0f} % of {data} are rows that the memory holds, so the figures are too good; "
+        "use data that it was not built from"
+    )
+    note(f"warning: {warning}")
+    return rows, (f"Warning: {warning}.",)
 
 
 def _report_evaluation(
-    memory: Memory, data: str, result: Evaluation, setting: Setting, kept: str | None, as_json: bool
+    memory: Memory,
+    data: str,
+    result: Evaluation,
+    setting: Setting,
+    kept: str | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     figures = {"base": result.base, "memory_only": result.memory_only, "corrected": result.corrected}
     report(
@@ -228,41 +272,18 @@ def _report_evaluation(
             "helps": result.helps,
             "verdict": result.verdict,
             "setting": setting.to_dict(),
+            "report": out,
         },
-        _comparison(result),
+        table(result.table[0], result.table[1:], numbers=result.table[0][1:]),
         "",
         result.verdict,
-        _setting_line(setting),
+        f"setting: {setting.text}",
         *([kept] if kept else []),
+        *([f"report: {out}"] if out else []),
         as_json=as_json,
     )
     if not result.helps:
         raise typer.Exit(1)
-
-
-def _comparison(result: Evaluation) -> Table:
-    def cells(name: str, figure: Estimate) -> tuple[str, str, str]:
-        if result.metric == "accuracy":
-            low, high = max(figure.low, 0.0), min(figure.high, 1.0)  # the normal interval knows no ends
-            return name, f"{100 * figure.value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}"
-        return name, f"{figure.value:.4g}", f"{figure.low:.4g} to {figure.high:.4g}"
-
-    names = {"accuracy": "accuracy", "log_loss": "log-loss, nats", "rmse": "RMSE"}
-    figures = [("base", result.base), ("memory only", result.memory_only), ("corrected", result.corrected)]
-    header = ("", names[result.metric], "95 % interval")
-    return table(header, [cells(name, figure) for name, figure in figures], numbers=header[1:])
-
-
-def _setting_line(setting: Setting) -> str:
-    if not setting.shrinkage:
-        return "setting: shrinkage 0, so predictions stay the base's"
-    sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
-    more = f", residual share {setting.residual_share:g}" if setting.residual_share != 1 else ""
-    return (
-        f"setting: k {setting.n_neighbors}, bandwidth {sigma}{' of the k-th distance' if setting.local else ''}, "
-        f"temperature {setting.temperature:g}, shrinkage {setting.shrinkage:g}{more}, kernel {setting.kernel}"
-        f"{', gated' if setting.gate else ''}"
-    )
 
 
 # ---------------------------------------------------------------------- bench

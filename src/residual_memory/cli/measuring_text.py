@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
 
 from residual_memory.cli.output import note, report, table
+from residual_memory.cli.reporting import CROSS_FITTED, provenance
 from residual_memory.cli.text import TextReading, reading
 from residual_memory.errors import InvalidInput
 from residual_memory.kernels import kernel_named
 from residual_memory.language import LanguageSetting, LanguageTuning, TokenScores
 from residual_memory.memory import Memory
-from residual_memory.metrics import Estimate, mean_interval
 from residual_memory.windows import TextFile, Windows
 
 
@@ -24,12 +25,13 @@ def tune_text(
     kernels: Sequence[str] | None,
     index: str,
     save: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Choose the setting on a held-out text; exits with 1 where there is no gain."""
     for kernel in kernels or ():
         kernel_named(kernel)
-    lm, windows = _opened(memory, file, text, index, LanguageSetting())
+    lm, windows, warned = _opened(memory, file, text, index, LanguageSetting())
     from residual_memory.models.transformers import tune_language
 
     options: dict[str, Any] = {} if text.limit is None else {"limit": text.limit}
@@ -39,15 +41,26 @@ def tune_text(
         result = tune_language(lm, windows, batch_size=text.batch_size, **options)
     if save:
         memory.save_setting(result.best.to_dict())
-    _report_tuning(memory, file, result, f"saved with {memory.path}" if save else "not saved", as_json)
+    if out is not None:
+        from residual_memory.reports.language import language_tuning_report
+
+        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", result.best.text))
+        language_tuning_report(result, facts, (CROSS_FITTED, *warned)).write(out)
+    _report_tuning(memory, file, result, f"saved with {memory.path}" if save else "not saved", out, as_json)
 
 
 def evaluate_text(
-    memory: Memory, file: TextFile, text: TextReading, changes: Mapping[str, Any], index: str, as_json: bool
+    memory: Memory,
+    file: TextFile,
+    text: TextReading,
+    changes: Mapping[str, Any],
+    index: str,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure the saved setting, with changes, on a text; exits with 1 where there is no gain."""
     setting = _saved_setting(memory, changes)
-    lm, windows = _opened(memory, file, text, index, setting)
+    lm, windows, warned = _opened(memory, file, text, index, setting)
     with reading(file):
         scores = lm.score(windows, limit=text.limit, batch_size=text.batch_size)
     if len(np.unique(scores.documents)) < 2:
@@ -55,13 +68,19 @@ def evaluate_text(
             f"what was read of {file.path} is one document, from which no interval follows; "
             "put a blank line between documents, or read more of them"
         )
-    _report_scores(memory, file, scores, windows, setting, as_json)
+    if out is not None:
+        from residual_memory.reports.language import token_report
+
+        facts = (*provenance(str(file.path)), ("memory", repr(memory)), ("setting", setting.text))
+        told = ("windows", f"{windows.length:,} tokens, stride {windows.stride:,}")
+        token_report(scores, facts=(*facts, told), notes=warned).write(out)
+    _report_scores(memory, file, scores, windows, setting, out, as_json)
 
 
 def _opened(
     memory: Memory, file: TextFile, text: TextReading, index: str, setting: LanguageSetting
-) -> tuple[Any, Windows]:
-    """The model with the memory, and the text in windows that it can read."""
+) -> tuple[Any, Windows, tuple[str, ...]]:
+    """The model with the memory, the text in windows that it can read, and what a reader is to be warned of."""
     if memory.source is None:
         raise InvalidInput(
             f"the memory at {memory.path} was filled from arrays and does not say which layer its keys come from; "
@@ -72,20 +91,22 @@ def _opened(
 
     lm = ResMemForCausalLM(model, memory, setting=setting, tokenizer=tokenizer, autocast=text.precision, index=index)
     windows = text.windows(file, lm.watch, tokenizer)
-    _warn_if_held(memory, file, windows)
-    return lm, windows
+    return lm, windows, _warn_if_held(memory, file, windows)
 
 
-def _warn_if_held(memory: Memory, file: TextFile, windows: Windows) -> None:
+def _warn_if_held(memory: Memory, file: TextFile, windows: Windows) -> tuple[str, ...]:
     from residual_memory.models.watching import digest_of
 
     with reading(file):
         first = next(iter(windows), None)
-    if first is not None and memory.source and memory.source["data"].get("first_item") == digest_of(first):
-        note(
-            f"warning: {file.path} begins as the text that the memory was built from, so the figures are too good; "
-            "use text that it was not built from"
-        )
+    if first is None or not memory.source or memory.source["data"].get("first_item") != digest_of(first):
+        return ()
+    warning = (
+        f"{file.path} begins as the text that the memory was built from, so the figures are too good; "
+        "use text that it was not built from"
+    )
+    note(f"warning: {warning}")
+    return (f"Warning: {warning}.",)
 
 
 def _saved_setting(memory: Memory, changes: Mapping[str, Any]) -> LanguageSetting:
@@ -97,8 +118,10 @@ def _saved_setting(memory: Memory, changes: Mapping[str, Any]) -> LanguageSettin
     return replace(setting, **changes)
 
 
-def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept: str, as_json: bool) -> None:
-    figures = {"base": _perplexity(result.base), "corrected": _perplexity(result.corrected)}
+def _report_tuning(
+    memory: Memory, file: TextFile, result: LanguageTuning, kept: str, out: Path | None, as_json: bool
+) -> None:
+    figures = result.perplexities
     report(
         {
             "memory": memory.path,
@@ -114,16 +137,14 @@ def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept:
             "setting": result.best.to_dict(),
             "constant": result.constant.to_dict(),
             "knn_lm": result.knn_lm.to_dict(),
+            "report": out,
         },
-        table(
-            ("", "perplexity", "95 % interval"),
-            [(name, f"{e.value:.4g}", f"{e.low:.4g} to {e.high:.4g}") for name, e in figures.items()],
-            numbers=("perplexity", "95 % interval"),
-        ),
+        table(result.table[0], result.table[1:], numbers=result.table[0][1:]),
         "",
         result.verdict,
-        _setting_line(result.best),
+        f"setting: {result.best.text}",
         kept,
+        *([f"report: {out}"] if out else []),
         as_json=as_json,
     )
     if not result.helps:
@@ -131,54 +152,38 @@ def _report_tuning(memory: Memory, file: TextFile, result: LanguageTuning, kept:
 
 
 def _report_scores(
-    memory: Memory, file: TextFile, scores: TokenScores, windows: Windows, setting: LanguageSetting, as_json: bool
+    memory: Memory,
+    file: TextFile,
+    scores: TokenScores,
+    windows: Windows,
+    setting: LanguageSetting,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
-    hits = {"base": scores.base_hit, "memory_only": scores.memory_hit, "corrected": scores.corrected_hit}
-    accuracy = {name: mean_interval(hit.astype(float), scores.documents) for name, hit in hits.items()}
-    summary = scores.summary()
+    accuracy = scores.accuracies
     context = windows.length - windows.stride
     report(
         {
             "memory": memory.path,
             "data": file.path,
             "metric": "accuracy",
-            **summary,
+            **scores.summary(),
             **{f"{name}_{end}": getattr(figure, end) for name, figure in accuracy.items() for end in ("low", "high")},
             "length": windows.length,
             "stride": windows.stride,
             "helps": scores.helps,
             "verdict": scores.verdict,
             "setting": setting.to_dict(),
+            "report": out,
         },
-        table(
-            ("", "accuracy", "95 % interval", "perplexity"),
-            [_row(name, figure, summary.get(f"perplexity_{name}")) for name, figure in accuracy.items()],
-            numbers=("accuracy", "95 % interval", "perplexity"),
-        ),
+        table(scores.table[0], scores.table[1:], numbers=scores.table[0][1:]),
         "",
         scores.verdict,
         f"{len(scores):,} tokens in windows of {windows.length:,}, stride {windows.stride:,}"
         + (f", at least {context:,} tokens of context" if context else ""),
-        _setting_line(setting),
+        f"setting: {setting.text}",
+        *([f"report: {out}"] if out else []),
         as_json=as_json,
     )
     if not scores.helps:
         raise typer.Exit(1)
-
-
-def _row(name: str, figure: Estimate, perplexity: float | None) -> tuple[str, str, str, str]:
-    low, high = max(figure.low, 0.0), min(figure.high, 1.0)  # the normal interval knows no ends
-    interval = f"{100 * low:.1f} to {100 * high:.1f}"
-    return name.replace("_", " "), f"{100 * figure.value:.1f} %", interval, f"{perplexity:.4g}" if perplexity else ""
-
-
-def _perplexity(loss: Estimate) -> Estimate:
-    return Estimate(*(float(np.exp(end)) for end in (loss.value, loss.low, loss.high)))
-
-
-def _setting_line(setting: LanguageSetting) -> str:
-    if setting.gate is None and not setting.shrinkage:
-        return "setting: shrinkage 0, so predictions stay the base's"
-    sigma = setting.bandwidth if isinstance(setting.bandwidth, str) else f"{setting.bandwidth:.4g}"
-    trust = "a gate by token" if setting.gate else f"shrinkage {setting.shrinkage:g}"
-    return f"setting: k {setting.n_neighbors}, bandwidth {sigma}, kernel {setting.kernel}, {trust}"

@@ -6,7 +6,6 @@ Labels, ids and file names come from data: they are shown with control character
 import json
 import math
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,45 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from residual_memory.display import shown
+
 CELL_WIDTH = 48  # characters of a name that a table shows
-_UNSHOWN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, bidi marks, lone surrogates, line separators
-
-
-def shown(value: object, width: int | None = None) -> str:
-    r"""Text that does to a terminal nothing but appear: one line, with control characters as escapes.
-
-    Parameters
-    ----------
-    value : anything with a str().
-    width : longest text; what is longer ends in "…".
-
-    Examples
-    --------
-    >>> shown("red \x1b[31mcat")
-    'red \\x1b[31mcat'
-    """
-    text = "".join(_escaped(character) for character in str(value))
-    return text if width is None or len(text) <= width else text[: width - 1] + "…"
-
-
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) not in _UNSHOWN:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
-
-
-def size_text(n_bytes: float | int) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1.
-
-    Examples
-    --------
-    >>> size_text(1_234_567_890), size_text(512)
-    ('1.2 GB', '512 bytes')
-    """
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes:.0f} bytes"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> Table:

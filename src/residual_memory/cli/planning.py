@@ -11,7 +11,8 @@ from rich.text import Text
 from residual_memory import planning
 from residual_memory.cli import options
 from residual_memory.cli.options import Index, Json, chosen
-from residual_memory.cli.output import facts, report, size_text, unbroken
+from residual_memory.cli.output import facts, report, unbroken
+from residual_memory.display import size_text
 from residual_memory.errors import InvalidInput
 from residual_memory.memory.codes import LOG_SCALES
 from residual_memory.planning import Plan
@@ -98,7 +99,7 @@ def estimate(
             **planning.named(plan),
             "nearest": None if fitting is None else {**planning.named(fitting), "command": command(fitting, given)},
         },
-        facts([*_sizes(plan), *_times(plan)]),
+        facts(plan.facts),
         *([] if plan.fits else _remedy(plan, fitting, given)),
         as_json=as_json,
     )
@@ -123,52 +124,6 @@ def size_of(option: str, text: str) -> int:
     if found is None or unit not in {**_UNITS, **_BINARY}:
         raise InvalidInput(f"{option} is {text!r}, expected bytes, or such as 64GB, 1.5TB, 512MiB")
     return as_count(option, int(float(found[1]) * {**_UNITS, **_BINARY}[unit]))
-
-
-def _sizes(plan: Plan) -> list[tuple[str, str]]:
-    footprint = plan.footprint
-    table = size_text(plan.table_bytes) if plan.table_bytes else "read from disk: too many to keep ready"
-    return [
-        ("on disk", f"{size_text(plan.disk_bytes)} of {size_text(plan.free_disk)} that are free"),
-        ("  rows", f"{size_text(plan.rows_bytes)}, {plan.row_bytes:,} bytes each"),
-        ("  index", f"{size_text(footprint.saved)}, where it is kept" if footprint.saved else "made anew when opened"),
-        ("  held", f"{size_text(plan.reserve_bytes + plan.manifest_bytes)} for forgetting, and the manifest"),
-        ("  at most", f"{size_text(plan.compaction_bytes)}, while rows that were forgotten everywhere are erased"),
-        ("in RAM", f"{size_text(plan.search_bytes)} of {size_text(plan.free_ram)}, besides the libraries"),
-        ("  index", f"{size_text(footprint.ram)}, {plan.engine}"),
-        ("  residuals", table),
-        ("  ids", size_text(plan.ids_bytes)),
-        ("  at most", f"{size_text(plan.building_bytes)}, while it is built"),
-    ]
-
-
-def _times(plan: Plan) -> list[tuple[str, str]]:
-    seconds = plan.seconds
-    if seconds is None:
-        return []
-    extracting = [("  model", time_text(seconds.extracting))] if seconds.extracting else []
-    left_out = "" if extracting else ", besides running the model"
-    return [
-        ("time", f"{time_text(seconds.total)}{left_out}, if this machine goes on as in the probe"),
-        *extracting,
-        ("  rows", f"{time_text(seconds.writing)} to write"),
-        ("  index", f"{time_text(seconds.training)} to train, {time_text(seconds.filling)} to fill"),
-        *([("", f"{time_text(seconds.measuring)} to measure its recall")] if seconds.measuring else []),
-    ]
-
-
-def time_text(seconds: float) -> str:
-    """Seconds, in the unit that a person would use.
-
-    Examples
-    --------
-    >>> time_text(0.3), time_text(90.0), time_text(4e3), time_text(9e5)
-    ('0.3 s', '90 s', '66.7 min', '10.4 days')
-    """
-    for unit, scale, least in (("days", 86_400, 172_800), ("h", 3600, 7200), ("min", 60, 120)):
-        if seconds >= least:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds:.{3 if seconds >= 100 else 2}g} s"
 
 
 def _remedy(plan: Plan, fitting: Plan | None, given: dict[str, str | None]) -> list[str | Text]:

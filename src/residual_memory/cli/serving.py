@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from residual_memory.cli import options
-from residual_memory.cli.data import open_data
+from residual_memory.cli.data import examples_at, open_data
 from residual_memory.cli.loading import load_model
 from residual_memory.cli.options import (
     OUTPUTS,
@@ -24,7 +24,6 @@ from residual_memory.cli.options import (
 from residual_memory.cli.output import note
 from residual_memory.cli.text import TextReading, autocast_named, encoded, load_language_model, load_tokenizer
 from residual_memory.errors import InvalidInput, MemoryLocked
-from residual_memory.exchange import Rows
 from residual_memory.indexes.registry import check_index
 from residual_memory.memory import Memory
 from residual_memory.models.base import Source
@@ -97,7 +96,8 @@ def serve(
             text = TextReading(model, tokenizer, autocast=autocast)
             served = _language_model(memory, data, text, index, max_weight)
         else:
-            served = {"model": _model(model, memory, outputs), "examples": _examples(data, memory, image_size)}
+            examples = None if data is None else examples_at("--data", data, memory, image_size)
+            served = {"model": _model(model, memory, outputs), "examples": examples}
         app = create_app(
             memory,
             **served,
@@ -144,17 +144,6 @@ def _language_model(
         model, memory, tokenizer=tokenizer, autocast=text.precision, index=index, max_weight=max_weight
     )
     return {"model": lm, "tokenizer": tokenizer, "text": None if file is None else encoded(file, tokenizer)}
-
-
-def _examples(data: str | None, memory: Memory, image_size: int | None) -> Any:
-    if data is None:
-        return None
-    found = open_data(data, image_size=image_size, class_names=memory.class_names)
-    if isinstance(found, Rows):
-        raise InvalidInput(f"--data is {data}, which holds keys and no examples; name the images that they come from")
-    if isinstance(found, TextFile):
-        raise InvalidInput(f"--data is {data}, but the memory at {memory.path} is of no text; name its own data")
-    return found
 
 
 def _tokens(path: Path) -> dict[str, list[Any]]:

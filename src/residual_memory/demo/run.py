@@ -5,14 +5,12 @@ setting is best; the network that was trained on all 50,000 uses it.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int64
-from numpy import ndarray
 
 from residual_memory.demo.assets import N_TRAIN, shipped_keys, shipped_network, shipped_settings
 from residual_memory.demo.cifar100 import (
@@ -24,7 +22,7 @@ from residual_memory.demo.cifar100 import (
     user_cache,
 )
 from residual_memory.errors import DataNotFound
-from residual_memory.evaluation import Evaluation, HeldOut, Predicted, Setting, corrected_predictions, summarize
+from residual_memory.evaluation import Evaluation, HeldOut, Predicted, Setting, corrected_predictions, evaluation_of
 from residual_memory.memory import Memory
 from residual_memory.models.base import KeyChoice
 from residual_memory.progress import progress_bar
@@ -38,7 +36,7 @@ Say = Callable[[str], None]
 
 N_NEIGHBORS = (5, 10, 20, 50, 100)
 KRIGING_NEIGHBORS = (100, 200)
-ROSES = 12
+ROSES, LOST = 12, 6
 ROSE_NEIGHBORS = 5
 LARGEST_SHARE = 0.5  # of the memories shown; above it a few near-duplicates make the correction
 FAMOUS = (("rose", "poppy"), ("cup", "plate"), ("squirrel", "rabbit"))  # the paper's own: true class, base's answer
@@ -112,8 +110,9 @@ class DemoResult:
     ----------
     rows : one a key choice.
     roses : of the last row; empty where there are no images.
+    lost : likewise, images that the memory put wrong.
     data : where the images came from.
-    labels : of the test images.
+    seen : the test images in the last row: keys, labels, and predictions of the network.
     class_names : of CIFAR-100.
     seconds : the whole run.
     report : the HTML file, if one was written.
@@ -121,8 +120,9 @@ class DemoResult:
 
     rows: tuple[Measured, ...]
     roses: tuple[Rose, ...]
+    lost: tuple[Rose, ...]
     data: str
-    labels: Int64[ndarray, " q"]
+    seen: HeldOut
     class_names: tuple[str, ...]
     seconds: float
     report: Path | None = None
@@ -172,7 +172,14 @@ class DemoResult:
         return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
 
 
-def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = True, say: Say = print) -> DemoResult:
+def run_demo(
+    *,
+    out: Path | None = None,
+    quick: bool = False,
+    progress: bool = True,
+    say: Say = print,
+    facts: Sequence[tuple[str, str]] = (),
+) -> DemoResult:
     """Build, tune and measure a memory for the shipped ResNet-8, and write the report.
 
     Parameters
@@ -181,6 +188,7 @@ def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = T
     quick : work from the keys that ship with the package even where the images are.
     progress : show progress bars.
     say : called with a line on each step.
+    facts : names and values for the report: the command, …
 
     Raises
     ------
@@ -196,10 +204,8 @@ def run_demo(*, out: Path | None = None, quick: bool = False, progress: bool = T
     if out is not None:
         from residual_memory.demo.report import write_report
 
-        write_report(result, images, out)
-    return DemoResult(
-        result.rows, result.roses, result.data, result.labels, result.class_names, time.perf_counter() - started, out
-    )
+        write_report(result, images, out, facts)
+    return replace(result, seconds=time.perf_counter() - started, report=out)
 
 
 def tuned_setting(network: "CifarResNet", train: Cifar100, choice: KeyChoice, *, progress: bool) -> TuningResult:
@@ -225,28 +231,33 @@ def measure(
     memory: Memory, seen: Observations, setting: Setting, name: str, memory_only: Setting | None = None
 ) -> Measured:
     """Measure a setting on the test images, keeping the scores for the pictures."""
-    rows = HeldOut.checked(memory, seen.keys, seen.labels, np.asarray(seen.predictions), "accuracy")
+    rows = _checked(memory, seen)
     said = corrected_predictions(memory, rows.keys, rows.predictions, setting, memory_only=memory_only)
-    evaluation = summarize(
-        "accuracy",
-        base=rows.losses(rows.predictions, said.base),
-        memory_only=rows.losses(said.memory_only, said.base),
-        corrected=rows.losses(said.corrected, said.support),
-    )
-    return Measured(name, setting, evaluation, said, memory.path)
+    return Measured(name, setting, evaluation_of(rows, said), said, memory.path)
 
 
-def find_roses(memory: Memory, seen: Observations, measured: Measured, train: Cifar100) -> tuple[Rose, ...]:
+def _checked(memory: Memory, seen: Observations) -> HeldOut:
+    return HeldOut.checked(memory, seen.keys, seen.labels, np.asarray(seen.predictions), "accuracy")
+
+
+def find_roses(
+    memory: Memory, seen: Observations, measured: Measured, train: Cifar100, *, lost: bool = False
+) -> tuple[Rose, ...]:
     """Test images that the memory put right within their superclass, by memories that agree on the class.
 
     The paper's own pairs come first. Corrections that hang on a few near-duplicates are left out: they show little.
+
+    Parameters
+    ----------
+    lost : the images that it put wrong instead, by memories that agree on the wrong class.
     """
     base, scores = measured.said.base, measured.said.corrected
-    labels, said = np.asarray(seen.labels), base.argmax(1)
+    labels = np.asarray(seen.labels)
+    right, said = (base, scores) if lost else (scores, base)
+    moved, said = (right.argmax(1) == labels) & (said.argmax(1) != labels), said.argmax(1)
     superclass_of = np.zeros(len(train.class_names), np.int64)
     superclass_of[train.labels] = train.superclasses
-    right = (said != labels) & (scores.argmax(1) == labels)
-    rows = np.flatnonzero(right & (superclass_of[said] == superclass_of[labels]))
+    rows = np.flatnonzero(moved & (superclass_of[said] == superclass_of[labels]))
     if not len(rows):
         return ()
     knn = measured.setting.knn(memory, index="auto")
@@ -254,12 +265,13 @@ def find_roses(memory: Memory, seen: Observations, measured: Measured, train: Ci
     weights, ids = found.weights[:, :ROSE_NEIGHBORS], found.ids[:, :ROSE_NEIGHBORS]
     held = memory.snapshot
     near = held.targets(held.rows_of(ids.ravel())).reshape(ids.shape)
-    agreement = (weights * (near == labels[rows, None])).sum(1) / weights.sum(1)
+    for_class = (said if lost else labels)[rows, None]
+    agreement = (weights * (near == for_class)).sum(1) / weights.sum(1)
     order = np.argsort(np.where(weights.sum(1) <= LARGEST_SHARE, -agreement, 1.0), kind="stable")
     pairs = [(train.class_names.index(true), train.class_names.index(wrong)) for true, wrong in FAMOUS]
     famous = [place for pair in pairs for place in [i for i in order if (labels[rows[i]], said[rows[i]]) == pair][:1]]
     roses = []
-    for place in [*famous, *(i for i in order if i not in famous)][:ROSES]:
+    for place in [*famous, *(i for i in order if i not in famous)][: LOST if lost else ROSES]:
         row = int(rows[place])
         pair = int(labels[row]), int(said[row])
         roses.append(
@@ -299,7 +311,6 @@ def _from_images(folder: Path, say: Say, progress: bool) -> tuple[DemoResult, tu
     train, test = read_cifar100(folder, "train"), read_cifar100(folder, "test")
     choosing, final = shipped_network("resnet8-45000"), shipped_network("resnet8-50000")
     rows: list[Measured] = []
-    roses: tuple[Rose, ...] = ()
     for choice in (PLAIN, FINE):
         say(f"{choice.name}: choosing the setting on 5,000 held-out training images …")
         chosen = tuned_setting(choosing, train, choice, progress=progress)
@@ -311,9 +322,10 @@ def _from_images(folder: Path, say: Say, progress: bool) -> tuple[DemoResult, tu
             memory.save_setting(chosen.best.to_dict())
             seen = observe(final, Images(test), memory, verbose=progress)
             rows.append(measure(memory, seen, chosen.best, choice.name, chosen.best_memory_only))
-            roses = find_roses(memory, seen, rows[-1], train)
+            roses, lost = (find_roses(memory, seen, rows[-1], train, lost=lost) for lost in (False, True))
+            held_out = _checked(memory, seen)
     data = "official images, settings chosen on 5,000 held-out training images"
-    return DemoResult(tuple(rows), roses, data, test.labels, train.class_names, 0.0), (train, test)
+    return DemoResult(tuple(rows), roses, lost, data, held_out, train.class_names, 0.0), (train, test)
 
 
 def _from_keys(say: Say) -> DemoResult:
@@ -327,4 +339,4 @@ def _from_keys(say: Say) -> DemoResult:
     setting, alone = (Setting.from_dict(settings[name]) for name in ("best", "best_memory_only"))
     row = measure(memory, seen, setting, PLAIN.name, alone)
     data = "shipped 8-bit keys, setting chosen earlier on 5,000 held-out training images"
-    return DemoResult((row,), (), data, shipped.labels[rows], shipped.class_names, 0.0)
+    return DemoResult((row,), (), (), data, _checked(memory, seen), shipped.class_names, 0.0)

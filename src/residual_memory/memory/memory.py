@@ -17,6 +17,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from residual_memory._version import __version__
+from residual_memory.display import html_table, size_text
 from residual_memory.errors import (
     CorruptFile,
     InvalidInput,
@@ -69,6 +70,7 @@ from residual_memory.memory.storage import LOCK, PART, Directory, FileRecord
 from residual_memory.types import Metric, Task, TopM
 from residual_memory.validation import as_count, as_ids
 
+CLASSES_SHOWN = 5
 RESERVE_BYTES = 64 << 10  # held for a forget on a full disk, beside what its files take
 _PREFIXES = ("rows-", "gone-")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -209,6 +211,25 @@ class Memory:
         where = "in RAM" if self.path is None else f"at {self.path}"
         layout = self.layout
         return f"<Memory {where}: {len(self):,} rows, dim {layout.dim}, {layout.n_outputs} outputs, {layout.task}>"
+
+    def _repr_html_(self) -> str:
+        """What the manifest says: no row is read."""
+        layout, forgotten = self.layout, f", {self.n_forgotten:,} forgotten ones not yet erased"
+        rows: list[tuple[str, object]] = [
+            ("rows", f"{len(self):,}{forgotten if self.n_forgotten else ''}"),
+            ("keys", f"{layout.dim:,} numbers, {layout.key_dtype}, {layout.metric}"),
+            ("predictions", f"{layout.n_outputs:,} outputs, {layout.residuals}, {layout.prediction_dtype}"),
+            ("task", layout.task),
+            ("size", size_text(self.n_bytes)),
+            ("version", f"{self.version:,}"),
+            ("setting", "saved" if self.setting else "none saved: tune chooses one"),
+        ]
+        if self.class_names:
+            more = len(self.class_names) - CLASSES_SHOWN
+            names = ", ".join(self.class_names[:CLASSES_SHOWN])
+            rows.append(("classes", f"{names}{f' and {more:,} more' if more > 0 else ''}"))
+        where = "in RAM" if self.path is None else f"at {self.path}"
+        return html_table(f"Memory {where}", rows)
 
     @property
     def path(self) -> Path | None:

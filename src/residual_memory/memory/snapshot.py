@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, Integer, Shaped
@@ -206,6 +207,11 @@ class Snapshot:
         if not self.tables or self.tables[0]["ids"].dtype.kind != ids.dtype.kind:
             return np.full(len(ids), -1)
         return find_rows(self._segment_ids, self.alive, ids)
+
+    def groups(self, rows: Int64[ndarray, " b"]) -> list[Any]:
+        """The group of each of these rows; None in a memory without groups."""
+        column = self.group_column
+        return [None] * len(rows) if column is None else column.take(rows).tolist()
 
     def attributes(self, rows: Int64[ndarray, " b"]) -> Attributes:
         """What these rows carry beside the numbers."""

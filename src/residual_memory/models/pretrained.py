@@ -1,223 +1,340 @@
 """A model and its memory in one folder, with a card that says what they are: what `save_pretrained` writes.
 
-The folder holds `memory/`, the base's weights, `resmem.json` with how they are used, and `README.md`, the card.
+The folder holds `memory/`, the base's weights (`model.safetensors`, or what transformers writes in `base/`),
+`resmem.json` with how they are used and the checksums of the weights, and `README.md`, the card.
 """
 
-import json
+import hashlib
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from residual_memory._version import __version__
-from residual_memory.errors import CorruptFile, DataNotFound, InvalidInput, UnsupportedFormat
-from residual_memory.evaluation import Evaluation
+from residual_memory.errors import (
+    CorruptFile,
+    DataNotFound,
+    FingerprintMismatch,
+    InvalidInput,
+    StorageFailure,
+    UnsupportedFormat,
+)
+from residual_memory.evaluation import Evaluation, Setting, summarize
+from residual_memory.language import LanguageSetting, TokenScores
 from residual_memory.memory import Memory
+from residual_memory.memory.format import canonical, checked_body
+from residual_memory.memory.storage import LOCK, RESERVE, Directory, Disk, part_of
+from residual_memory.metrics import Estimate, mean_interval
 from residual_memory.models.base import Source
 from residual_memory.privacy import PrivacyReport
 
 FORMAT = 1
 OPTIONS, MEMORY, WEIGHTS, BASE, CARD = "resmem.json", "memory", "model.safetensors", "base", "README.md"
-UNITS = {"accuracy": "%", "log_loss": "nats", "rmse": ""}
+UNITS = {"accuracy": "accuracy, %", "log_loss": "log-loss, nats", "rmse": "RMSE"}
+
+_Setting = TypeVar("_Setting", Setting, LanguageSetting)
+
+# ---------------------------------------------------------------------- the card
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a reader of a model card should know, beside what the memory says itself.
+    """What the readers of a model card should know beside what the memory says itself.
+
+    All of it is plain text. The card is a file like any other and may be edited once it is written.
 
     Attributes
     ----------
     title : of the card.
     base : which model it is, and where it comes from.
     data : what the memory was built from.
-    evaluations : by the name of the data that was held out.
+    evaluations : by the name of the held-out data, what `tune`, `evaluate` or `ResMemForCausalLM.score` found on them.
     privacy : what `audit_privacy` found.
-    license : an identifier of SPDX.
-    notes : anything else, in Markdown.
+    license : an identifier of SPDX, such as "apache-2.0".
     """
 
     title: str = "A model with a residual memory"
     base: str = ""
     data: str = ""
-    evaluations: Mapping[str, Evaluation] | None = None
+    evaluations: Mapping[str, Evaluation | TokenScores] = field(default_factory=dict)
     privacy: PrivacyReport | None = None
     license: str | None = None
-    notes: str = ""
 
-    def text(self, memory: Memory, setting: Mapping[str, Any], *, kind: str, example: str) -> str:
-        """The card in Markdown, with what hubs read at its top.
+    def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", self.license):
+            raise InvalidInput(f"license is {self.license!r}, expected an identifier of SPDX such as 'apache-2.0'")
+
+    def text(self, memory: Memory, setting: Setting | LanguageSetting, *, base_class: str, example: str) -> str:
+        """The card in Markdown, with what the Hugging Face hub reads at its top.
 
         Parameters
         ----------
         memory, setting : of the model.
-        kind : the class that reads the folder.
-        example : code that uses it.
+        base_class : of the base.
+        example : code that uses the folder.
         """
-        layout, source = memory.layout, memory.source
-        layer = "" if source is None else f"{Source.from_dict(source).side} of `{Source.from_dict(source).layer}`"
-        front = ["library_name: residual-memory", f"tags: [residual-memory, {layout.task}]"]
-        front += [f"license: {self.license}"] if self.license else []
+        layout = memory.layout
+        source = None if memory.source is None else Source.from_dict(memory.source)
+        front = ["library_name: residual-memory", "tags:", "- residual-memory", f"- {layout.task}"]
+        front += [f"license: {self.license.lower()}"] if self.license else []
         facts = {
-            "base model": self.base or "not said",
+            "base": self.base or "not said",
+            "class of the base": base_class,
             "data of the memory": self.data or "not said",
-            "layer of the keys": layer or "filled from arrays",
+            "keys": f"{layout.dim} numbers, {layout.key_dtype}, {layout.metric}",
+            "layer of the keys": "not said" if source is None else f"{source.side} of {source.layer}",
+            "predictions": f"{layout.n_outputs:,} outputs, {layout.residuals}, {layout.prediction_dtype}",
             "rows": f"{len(memory):,}",
-            "key": f"{layout.dim} numbers, {layout.key_dtype}, {layout.metric}",
-            "predictions": f"{layout.n_outputs} outputs, {layout.residuals}, {layout.prediction_dtype}",
-            "neighbours (k)": str(setting.get("n_neighbors")),
             "size of the memory": f"{memory.n_bytes / 1e6:,.1f} MB",
+            "neighbours (k)": f"{setting.n_neighbors}",
         }
-        lines = ["---", *front, "---", "", f"# {self.title}", ""]
-        lines += [
-            "A trained model and a memory of what it could not learn: predictions are the model's own plus the "
-            "weighted residuals of the nearest memories (ResMem, Yang et al., NeurIPS 2023). Read it with "
-            "residual-memory.",
+        lines = [
+            *("---", *front, "---", "", f"# {_plain(self.title)}", ""),
+            "A trained model and a memory of what it could not learn: a prediction is the model's own plus the "
+            "weighted residuals of the nearest memories (ResMem, Yang et al., NeurIPS 2023).",
             "",
-            *_table(("", ""), facts.items()),
-            "",
-            "```python",
-            example,
-            "```",
-            "",
-            "## Figures",
-            "",
-            *self._figures(),
-            "",
-            "## Privacy",
-            "",
-            *self._privacy(),
+            *_table(("", ""), list(facts.items())),
+            *("", "```python", "import residual_memory as rm", "", example, "```", "", "## Figures", ""),
+            *_figures(self.evaluations),
+            *("", "## Privacy", "", _carried(memory), ""),
+            "How well that can be told was not measured; `audit_privacy` does it."
+            if self.privacy is None
+            else f"Measured: {_attacks(self.privacy)}.",
+            *("", f"Written by residual-memory {__version__}."),
         ]
-        lines += ["", self.notes] if self.notes else []
-        lines += ["", f"Written by residual-memory {__version__} ({kind})."]
         return "\n".join(lines) + "\n"
 
-    def _figures(self) -> list[str]:
-        if not self.evaluations:
-            return ["Not measured: pass `evaluations` when saving."]
-        rows = []
-        for name, found in self.evaluations.items():
-            scale = 100 if found.metric == "accuracy" else 1
-            figures = [
-                f"{scale * part.value:.4g} ± {scale * part.margin:.2g}"
-                for part in (found.base, found.memory_only, found.corrected, found.gain)
-            ]
-            unit = UNITS[found.metric]
-            rows.append((name, f"{found.metric}{f', {unit}' if unit else ''}", *figures, f"{found.n_rows:,}"))
-        header = ("held-out data", "metric", "base", "memory alone", "corrected", "gain", "rows")
-        verdicts = [f"{name}: {found.verdict}." for name, found in self.evaluations.items()]
-        return [*_table(header, rows), "", "Intervals are of 95 %, of the gain paired by row.", "", *verdicts]
 
-    def _privacy(self) -> list[str]:
-        told = [
-            "Memorizing rows is the method: whoever has this folder has their keys, labels and predictions, and "
-            "whoever may ask the model can tell to some degree which rows are in it.",
-        ]
-        if self.privacy is None:
-            return [*told, "How well was not measured: `audit_privacy` does it."]
-        return [*told, "", f"Measured: {self.privacy.verdict}."]
+def _figures(evaluations: Mapping[str, Evaluation | TokenScores]) -> list[str]:
+    if not evaluations:
+        return ["None were given, so nothing is said of what the memory gains."]
+    header = ("held-out data", "metric", "base", "memory alone", "corrected", "gain", "rows")
+    rows = [(name, *row) for name, found in evaluations.items() for row in _rows(found)]
+    verdicts = [f"- On {_plain(name)}: {found.verdict}" for name, found in evaluations.items()]
+    return [*_table(header, rows), "", "Intervals are of 95 %, that of the gain paired by row.", "", *verdicts]
 
 
-def _table(header: tuple[str, ...], rows: Any) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
-    ]
+def _rows(found: Evaluation | TokenScores) -> list[tuple[str, ...]]:
+    """Metric, base, memory alone, corrected, gain and number of rows."""
+    if isinstance(found, Evaluation):
+        return [_row(found.metric, found.n_rows, found.base, found.memory_only, found.corrected, found.gain)]
+    hits = (found.base_hit, found.memory_hit, found.corrected_hit)
+    base, alone, corrected = (1.0 - hit for hit in hits)
+    accuracy = summarize("accuracy", base=base, memory_only=alone, corrected=corrected, groups=found.documents)
+    losses = [mean_interval(loss, found.documents) for loss in (found.base_loss, found.corrected_loss)]
+    return [*_rows(accuracy), _row("log_loss", len(found), losses[0], None, losses[1], found.log_loss_gain)]
+
+
+def _row(metric: str, n_rows: int, *figures: Estimate | None) -> tuple[str, ...]:
+    scale = 100 if metric == "accuracy" else 1
+    shown = ["–" if some is None else f"{scale * some.value:.4g} ± {scale * some.margin:.2g}" for some in figures]
+    return (UNITS[metric], *shown, f"{n_rows:,}")
+
+
+def _carried(memory: Memory) -> str:
+    found = memory.inventory()
+    further = {
+        "groups": found.groups > 0,
+        "owners": any(found.owners),
+        "tags": any(found.tags),
+        "snippets": found.snippets > 0,
+    }
+    names = ["keys", "labels", "predictions", "ids", *(name for name, there in further.items() if there)]
+    return (
+        f"Memorizing rows is the method: whoever has this folder has the {', '.join(names)} of every row, and whoever "
+        "may ask the model can tell to some degree which rows are in it."
+    )
+
+
+def _attacks(report: PrivacyReport) -> str:
+    near = report.auc_nearest
+    return f"{report.verdict}; with AUC {near.value:.3f} ± {near.margin:.3f} where neighbours may be asked for"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(map(_plain, cells))} |" for cells in (header, *rows)]
+    return [lines[0], f"|{'---|' * len(header)}", *lines[1:]]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return re.sub(r"([\\`*_\[\]#|~!$])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+# ---------------------------------------------------------------------- writing
 
 
 @contextmanager
 def saving(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write to, which takes its name when all of it is there.
+    """A folder to write to, which takes its name, durably, when all of it is there; until then nothing is.
 
     Raises
     ------
     InvalidInput : if there is something already under the name.
+    StorageFailure : if the disk refuses.
     """
-    path = Path(folder).absolute()
+    path = Path(folder).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InvalidInput(f"{folder} already exists and is not empty; name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    part = part_of(path)
+    directory = Directory(part)
     try:
+        directory.make()
         yield part
-        part.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        os.replace(part, path)
+        _flush(part)
+        directory.move(path)
+    except OSError as error:
+        if isinstance(error, StorageFailure):
+            raise
+        raise StorageFailure(error.errno, f"{folder}: {error.strerror}; nothing was saved") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _flush(folder: Path) -> None:
+    disk = Disk()
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            disk.sync_folder(path)
+        else:
+            with disk.open(path) as file:
+                disk.sync(file)
+
+
+def save_memory(memory: Memory, folder: Path) -> Memory:
+    """A copy of the rows that are not forgotten, closed, without the files that only a writer needs."""
+    copy = memory.copy(folder / MEMORY)
+    copy.close()
+    for name in (LOCK, RESERVE):
+        (folder / MEMORY / name).unlink(missing_ok=True)
+    return copy
+
+
 def write_options(folder: Path, kind: str, options: Mapping[str, Any]) -> None:
-    """How model and memory are used, as JSON."""
-    body = {"format": FORMAT, "kind": kind, "library": __version__, **options}
-    (folder / OPTIONS).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    """How model and memory are used, and the length and SHA-256 of each file of the model, as JSON."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_relative_to(folder / MEMORY)]
+    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in paths}
+    body = {"format": FORMAT, "kind": kind, "library": __version__, "files": files, "options": options}
+    (folder / OPTIONS).write_bytes(canonical(body))
 
 
-def read_options(folder: str | os.PathLike[str], kind: str) -> tuple[Path, dict[str, Any]]:
-    """A saved folder and its options; what is no folder is looked for on the hub.
+def with_measured(setting: _Setting, bandwidth: float, n_rows: int) -> _Setting:
+    """A setting whose bandwidth is the number that was measured, where one was."""
+    return replace(setting, bandwidth=bandwidth) if n_rows > 1 else setting
 
-    Parameters
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that `save_pretrained` made.
+
+    Attributes
     ----------
-    folder : or the name of a repository of the Hugging Face hub.
-    kind : the class that reads it.
-
-    Raises
-    ------
-    DataNotFound : if there is no such folder, or the hub does not have it.
-    InvalidInput : if another class wrote it.
-    UnsupportedFormat : if a newer version of the library did.
-    CorruptFile : if it cannot be read.
+    path : of the folder.
+    kind : the class that saved it.
+    files : length and SHA-256 of each file of the model.
+    options : how model and memory are used.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        path = _from_hub(str(folder))
-    file = path / OPTIONS
-    if not file.is_file():
-        raise DataNotFound(f"{folder} holds no {OPTIONS}; name a folder that save_pretrained made")
-    try:
-        options = json.loads(file.read_text(encoding="utf-8"))
-        number, written_by = options.pop("format"), options.pop("kind")
-        library = options.pop("library")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CorruptFile(f"{file} cannot be read: {error!r}") from error
-    if not isinstance(number, int) or number > FORMAT:
-        raise UnsupportedFormat(
-            f"{file} is of format {number}, written by residual-memory {library}; upgrade to read it"
-        )
-    if written_by != kind:
-        raise InvalidInput(f"{folder} was saved by {written_by}; read it with {written_by}.from_pretrained")
-    return path, options
 
+    path: Path
+    kind: str
+    files: Mapping[str, tuple[int, str]]
+    options: Mapping[str, Any]
 
-def kind_of(folder: str | os.PathLike[str]) -> str:
-    """Which class saved a folder.
+    @staticmethod
+    def at(folder: str | os.PathLike[str]) -> "Saved":
+        """Read what a folder is.
 
-    Raises
-    ------
-    DataNotFound : if none did.
-    CorruptFile : if it cannot be read.
-    """
-    file = Path(folder) / OPTIONS
-    if not file.is_file():
-        raise DataNotFound(f"{folder} holds no {OPTIONS}; name a folder that save_pretrained made")
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["kind"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{file} cannot be read: {error!r}") from error
+        Raises
+        ------
+        DataNotFound : if there is no such folder, or `save_pretrained` did not make it.
+        InvalidInput : if it is of links to files.
+        UnsupportedFormat : if a newer version of the library wrote it.
+        CorruptFile : if `resmem.json` is not what was written.
+        """
+        path = Path(folder)
+        file = path / OPTIONS
+        if not file.is_file():
+            raise DataNotFound(
+                f"{folder} holds no {OPTIONS}; name a folder that save_pretrained made, or fetch it first: "
+                "hf download REPOSITORY --local-dir FOLDER"
+            )
+        if file.is_symlink():
+            raise InvalidInput(
+                f"{file} is a link, as in the cache of the Hugging Face hub, expected a file; "
+                "fetch the folder with hf download REPOSITORY --local-dir FOLDER"
+            )
+        body = checked_body(file.read_bytes(), str(file))
+        number = body.get("format")
+        if isinstance(number, int) and number > FORMAT:
+            raise UnsupportedFormat(
+                f"{file} is of format {number}, written by residual-memory {body.get('library')}, and this version "
+                f"reads up to {FORMAT}; upgrade to read it"
+            )
+        try:
+            files = {str(name): (int(length), str(digest)) for name, (length, digest) in body["files"].items()}
+            return Saved(path, str(body["kind"]), files, dict(body["options"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptFile(f"{file} cannot be used: {error!r}") from error
 
+    @staticmethod
+    def by(kind: str, folder: str | os.PathLike[str], *, verify: bool) -> "Saved":
+        """A folder that this class saved, whose model files are there.
 
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise DataNotFound(f"there is no folder {name}; install huggingface_hub to ask the hub for it") from None
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, HFValidationError, ValueError) as error:
-        raise DataNotFound(f"there is no folder {name}, and the hub does not give it: {error}") from error
+        Parameters
+        ----------
+        kind : the class.
+        verify : look at every byte of them, and not at their lengths alone.
+
+        Raises
+        ------
+        InvalidInput : if another class saved it.
+        CorruptFile : if a file is missing, cut or changed.
+        """
+        saved = Saved.at(folder)
+        if saved.kind != kind:
+            raise InvalidInput(f"{folder} was saved by {saved.kind}; read it with {saved.kind}.from_pretrained")
+        for name, (length, digest) in saved.files.items():
+            file = saved.path / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != length:
+                what = "is missing" if found is None else f"has {found:,} bytes, expected {length:,}"
+                raise CorruptFile(f"{file} {what}; fetch the folder again")
+            if verify and _digest(file) != digest:
+                raise CorruptFile(f"{file} is damaged: its bytes are not those that were saved; fetch the folder again")
+        return saved
+
+    def check_base(self, found: Mapping[str, Any], *, names: Sequence[str] = ("class", "sha256")) -> None:
+        """Refuse another base than the one that was saved.
+
+        Parameters
+        ----------
+        found : fingerprint of the base.
+        names : what of it must be the same.
+
+        Raises
+        ------
+        FingerprintMismatch : if it is another one.
+        """
+        for name in names:
+            if (was := self.options["model"][name]) != found[name]:
+                raise FingerprintMismatch(
+                    f"{self.path} was saved with a base of {name} {was!r}, but this one's is {found[name]!r}; "
+                    "use the model that it was saved with"
+                )
+
+    def memory(self, *, writable: bool, verify: bool) -> Memory:
+        """Its memory, opened."""
+        return Memory.open(self.path / MEMORY, writable=writable, verify=verify)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
 
+from residual_memory.display import html_table
 from residual_memory.errors import DimensionMismatch, InvalidInput, MissingExtra
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import Explanation, explain
@@ -28,7 +29,16 @@ from residual_memory.models.base import (
     place_of_memory,
     warn_if_in_sample,
 )
-from residual_memory.models.pretrained import CARD, MEMORY, WEIGHTS, Card, read_options, saving, write_options
+from residual_memory.models.pretrained import (
+    CARD,
+    WEIGHTS,
+    Card,
+    Saved,
+    save_memory,
+    saving,
+    with_measured,
+    write_options,
+)
 from residual_memory.models.watching import (
     device_of,
     digest_of,
@@ -41,6 +51,7 @@ from residual_memory.models.watching import (
     pooled,
     watching,
 )
+from residual_memory.models.weights import load_weights, precision_name, precision_named, save_weights
 from residual_memory.progress import progress_bar
 from residual_memory.tuning import TuningResult, tune
 from residual_memory.types import Metric, Observations, Task
@@ -235,6 +246,12 @@ class ChosenKeys:
 
     best: KeyChoice
     results: dict[str, TuningResult]
+
+    def _repr_html_(self) -> str:
+        rows = [(name, *(row[1] for row in found.table[1:]), found.verdict) for name, found in self.results.items()]
+        metric = self.results[self.best.name].table[0][1]
+        header = ("keys", *(f"{name}, {metric}" for name in ("base", "memory only", "corrected")), "verdict")
+        return html_table(f"Best keys: {self.best.name}", rows, header)
 
 
 def choose_keys(
@@ -482,7 +499,7 @@ class ResMemModule(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.memory = model, memory
-        self._layer = layer
+        self._layer, self._index, self._autocast = layer, index, autocast
         self.watch = _watch_of(model, memory, layer, side, pool, outputs=outputs, autocast=autocast)
         self.setting = setting or Setting.from_dict(memory.setting or {})
         self.knn = self.setting.knn(memory, index=index, max_weight=max_weight)
@@ -506,6 +523,9 @@ class ResMemModule(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, card: Card | None = None) -> None:
         """Keep weights, memory, setting and a model card in a folder, for `from_pretrained`.
 
+        What is kept of the memory are the rows that are not forgotten. An interrupted call leaves nothing under the
+        folder's name.
+
         Parameters
         ----------
         folder : new, or empty.
@@ -513,34 +533,32 @@ class ResMemModule(nn.Module):
 
         Raises
         ------
-        InvalidInput : if the folder holds something, or keys or weights cannot be kept in files.
+        InvalidInput : if the folder holds something, keys come from a function, or the weights are no plain tensors.
+        StorageFailure : if the disk refuses.
         """
-        from safetensors.torch import save_model
-
         if callable(self._layer):
-            raise InvalidInput(f"the keys come from the function {self.watch.layer_name!r}, which no file can hold")
+            raise InvalidInput(
+                f"the keys come from the function {self.watch.layer_name!r}, which no file can hold; "
+                "build the memory with the name of a layer"
+            )
+        base, n_rows = fingerprint(self.model), len(self.memory)
+        options = {
+            "model": base,
+            "setting": with_measured(self.setting, self.knn.bandwidth, n_rows).to_dict(),
+            "outputs": self.watch.outputs,
+            "layer": self.watch.layer_name or None,
+            "side": self.watch.side,
+            "pool": self.watch.pool,
+            "index": self._index,
+            "max_weight": self.knn.max_weight,
+            "autocast": precision_name(self._autocast),
+        }
+        example = "module = rm.ResMemModule.from_pretrained(folder, model)  # model: a new one, for its architecture"
         with saving(folder) as part:
-            self.memory.copy(part / MEMORY).close()
-            try:
-                save_model(self.model, str(part / WEIGHTS))
-            except RuntimeError as error:
-                raise InvalidInput(f"the model's weights cannot be kept as safetensors: {error}") from error
-            write_options(
-                part,
-                "ResMemModule",
-                {
-                    "setting": self.setting.to_dict(),
-                    "outputs": self.watch.outputs,
-                    "layer": self.watch.layer_name,
-                    "side": self.watch.side,
-                    "pool": self.watch.pool,
-                    "max_weight": self.knn.max_weight,
-                },
-            )
-            example = (
-                "module = residual_memory.ResMemModule.from_pretrained(folder, model)  # the architecture is yours"
-            )
-            text = (card or Card()).text(self.memory, self.setting.to_dict(), kind="ResMemModule", example=example)
+            save_weights(self.model, part / WEIGHTS)
+            write_options(part, "ResMemModule", options)
+            memory = save_memory(self.memory, part)
+            text = (card or Card()).text(memory, self.setting, base_class=base["class"], example=example)
             (part / CARD).write_text(text, encoding="utf-8")
 
     @staticmethod
@@ -548,41 +566,47 @@ class ResMemModule(nn.Module):
         folder: str | os.PathLike[str],
         model: nn.Module,
         *,
-        index: str = "auto",
-        autocast: "torch.dtype | None" = None,
+        index: str | None = None,
+        writable: bool = False,
+        verify: bool = True,
     ) -> "ResMemModule":
-        """What `save_pretrained` kept.
+        """What `save_pretrained` kept: the same predictions, bit for bit. Nothing in the folder is run.
 
         Parameters
         ----------
-        folder : or the name of a repository of the Hugging Face hub.
-        model : of the same architecture; it gets the kept weights.
-        index, autocast : as in the class.
+        folder : that `save_pretrained` made, or a copy of it.
+        model : of the same class and architecture; it gets the kept weights.
+        index : another engine than the one that was in use, as in `ResidualKNN`.
+        writable : open the memory for changes, as its one writer; others may be reading it on a shared disk.
+        verify : read every byte of weights and memory and compare it with what was written.
 
         Raises
         ------
         DataNotFound : if there is no such folder.
-        InvalidInput : if the weights do not fit the model.
+        CorruptFile : if a file is missing, cut or changed; the message names it.
+        UnsupportedFormat : if a newer version of the library wrote it.
+        InvalidInput : if another class wrote it, or the weights do not fit the model, which then is as it was.
+        FingerprintMismatch : if the model is of another class, which then is as it was.
         """
-        from safetensors.torch import load_model
-
-        path, options = read_options(folder, "ResMemModule")
+        saved = Saved.by("ResMemModule", folder, verify=verify)
+        saved.check_base(fingerprint(model), names=("class",))
+        kept, memory = saved.options, saved.memory(writable=writable, verify=verify)
+        place = {name: kept[name] for name in ("layer", "side", "pool")} if memory.source is None else {}
         try:
-            load_model(model, str(path / WEIGHTS))
-        except (RuntimeError, OSError) as error:
-            raise InvalidInput(f"the weights in {folder} do not fit the model: {error}") from error
-        memory = Memory.open(path / MEMORY)
-        place = {name: options[name] for name in ("layer", "side", "pool")} if memory.source is None else {}
-        return ResMemModule(
-            model,
-            memory,
-            setting=Setting.from_dict(options["setting"]),
-            outputs=options["outputs"],
-            max_weight=options["max_weight"],
-            index=index,
-            autocast=autocast,
-            **place,
-        )
+            load_weights(model, saved.path / WEIGHTS)
+            return ResMemModule(
+                model,
+                memory,
+                setting=Setting.from_dict(kept["setting"]),
+                outputs=kept["outputs"],
+                autocast=precision_named(kept["autocast"]),
+                index=kept["index"] if index is None else index,
+                max_weight=kept["max_weight"],
+                **place,
+            )
+        except BaseException:
+            memory.close()
+            raise
 
     def _said(self, raw: Tensor) -> Float[ndarray, "b c"]:
         layout = self.memory.layout

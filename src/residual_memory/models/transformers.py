@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, tee
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ from residual_memory.language import (
 from residual_memory.memory import Memory
 from residual_memory.memory.format import MANIFEST
 from residual_memory.models.base import Builder, Side, Source, opened, place_of_memory
-from residual_memory.models.pretrained import BASE, CARD, MEMORY, Card, read_options, saving, write_options
+from residual_memory.models.pretrained import BASE, CARD, Card, Saved, save_memory, saving, with_measured, write_options
 from residual_memory.models.tokens import (
     AFTER_NORM,
     IGNORED,
@@ -51,8 +52,10 @@ from residual_memory.models.watching import (
     device_of,
     digest_of,
     evaluating,
+    fingerprint,
     watching,
 )
+from residual_memory.models.weights import precision_name, precision_named
 from residual_memory.progress import progress_bar
 from residual_memory.sparse import Recalled, merged, residual_at
 from residual_memory.types import Metric, Observations
@@ -60,9 +63,10 @@ from residual_memory.validation import as_count, as_fraction
 
 try:
     import torch
+    from safetensors import SafetensorError
     from torch import Tensor, nn
     from torch.nn import functional
-    from transformers import LogitsProcessor, PreTrainedModel
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProcessor, PreTrainedModel
     from transformers.generation.utils import GENERATION_MODES_MAPPING
 except ImportError as error:
     raise MissingExtra("language models of transformers", "transformers") from error
@@ -307,7 +311,7 @@ class ResMemForCausalLM(nn.Module):
             raise InvalidInput("there is no memory, expected one or several")
         self.watch = _watch_of(model, self.memories, layer, side, tokenizer, autocast)
         self.setting = setting or LanguageSetting.from_dict(self.memories[0].setting or {})
-        self.max_weight = max_weight
+        self.max_weight, self._index, self._autocast = max_weight, index, autocast
         self._knns = _regressors(self.memories, self.setting, index, max_weight)
 
     @property
@@ -348,39 +352,49 @@ class ResMemForCausalLM(nn.Module):
     ) -> None:
         """Keep the base, the memory, the setting and a model card in a folder, for `from_pretrained`.
 
+        What is kept of the memory are the rows that are not forgotten. An interrupted call leaves nothing under the
+        folder's name.
+
         Parameters
         ----------
         folder : new, or empty.
-        tokenizer : kept with the base, where one is given.
+        tokenizer : kept with the base, in the folder's `base/`.
         card : what the model card should say beside what the memory says itself.
 
         Raises
         ------
         InvalidInput : if the folder holds something, or there are several memories.
+        FingerprintMismatch : if the memory was built with another tokenizer.
+        StorageFailure : if the disk refuses.
         """
         if len(self.memories) > 1:
             raise InvalidInput(
-                f"there are {len(self.memories)} memories, expected one to save; merge_memories makes one"
+                f"there are {len(self.memories)} memories, expected one to save; merge_memories makes one of them"
             )
         (memory,) = self.memories
+        if tokenizer is not None:
+            _check_tokenizer(memory, tokenizer)
+        base = fingerprint(self.model)
+        options = {
+            "model": base,
+            "setting": with_measured(self.setting, self._measure.bandwidth, len(memory)).to_dict(),
+            "layer": self.watch.layer,
+            "side": self.watch.side,
+            "decodes": self.watch.decodes,
+            "index": self._index,
+            "max_weight": self.max_weight,
+            "autocast": precision_name(self._autocast),
+        }
+        example = "lm = rm.ResMemForCausalLM.from_pretrained(folder)"
+        if tokenizer is not None:
+            example += f'\ntokenizer = transformers.AutoTokenizer.from_pretrained(f"{{folder}}/{BASE}")'
         with saving(folder) as part:
-            memory.copy(part / MEMORY).close()
             self.model.save_pretrained(part / BASE)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part / BASE)
-            write_options(
-                part,
-                "ResMemForCausalLM",
-                {
-                    "setting": self.setting.to_dict(),
-                    "layer": self.watch.layer,
-                    "side": self.watch.side,
-                    "decodes": self.watch.decodes,
-                    "max_weight": self.max_weight,
-                },
-            )
-            example = "lm = residual_memory.ResMemForCausalLM.from_pretrained(folder)"
-            text = (card or Card()).text(memory, self.setting.to_dict(), kind="ResMemForCausalLM", example=example)
+            write_options(part, "ResMemForCausalLM", options)
+            kept = save_memory(memory, part)
+            text = (card or Card()).text(kept, self.setting, base_class=base["class"], example=example)
             (part / CARD).write_text(text, encoding="utf-8")
 
     @staticmethod
@@ -388,41 +402,50 @@ class ResMemForCausalLM(nn.Module):
         folder: str | os.PathLike[str],
         model: PreTrainedModel | None = None,
         *,
-        index: str = "auto",
-        autocast: "torch.dtype | None" = None,
+        index: str | None = None,
+        writable: bool = False,
+        verify: bool = True,
         **options: Any,
     ) -> "ResMemForCausalLM":
-        """What `save_pretrained` kept.
+        """What `save_pretrained` kept: the same logits, bit for bit. Nothing in the folder is run.
 
         Parameters
         ----------
-        folder : or the name of a repository of the Hugging Face hub.
+        folder : that `save_pretrained` made, or a copy of it.
         model : the base, where it is at hand, or of a class that transformers' Auto classes do not know.
-        index, autocast : as in the class.
-        options : of the base's own `from_pretrained`.
+        index : another engine than the one that was in use, as in `ResidualKNN`.
+        writable : open the memory for changes, as its one writer; others may be reading it on a shared disk.
+        verify : read every byte of weights and memory and compare it with what was written.
+        options : of the base's own `from_pretrained`, where it is read from the folder.
 
         Raises
         ------
         DataNotFound : if there is no such folder.
-        FingerprintMismatch : if the given model is another one.
+        CorruptFile : if a file is missing, cut or changed; the message names it.
+        UnsupportedFormat : if a newer version of the library wrote it.
+        InvalidInput : if another class wrote it, or transformers does not know the base's class.
+        FingerprintMismatch : if the base is another one than was saved.
         """
-        path, kept = read_options(folder, "ResMemForCausalLM")
+        saved = Saved.by("ResMemForCausalLM", folder, verify=verify)
+        kept = saved.options
         if model is None:
-            import transformers
-
-            auto = transformers.AutoModelForSeq2SeqLM if kept["decodes"] else transformers.AutoModelForCausalLM
-            model = auto.from_pretrained(path / BASE, local_files_only=True, **options)
-        memory = Memory.open(path / MEMORY)
+            model = _base_in(saved.path / BASE, seq2seq=kept["decodes"], options=options)
+        saved.check_base(fingerprint(model))
+        memory = saved.memory(writable=writable, verify=verify)
         place = {name: kept[name] for name in ("layer", "side")} if memory.source is None else {}
-        return ResMemForCausalLM(
-            model,
-            memory,
-            setting=LanguageSetting.from_dict(kept["setting"]),
-            max_weight=kept["max_weight"],
-            index=index,
-            autocast=autocast,
-            **place,
-        )
+        try:
+            return ResMemForCausalLM(
+                model,
+                memory,
+                setting=LanguageSetting.from_dict(kept["setting"]),
+                autocast=precision_named(kept["autocast"]),
+                index=kept["index"] if index is None else index,
+                max_weight=kept["max_weight"],
+                **place,
+            )
+        except BaseException:
+            memory.close()
+            raise
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
@@ -941,7 +964,6 @@ def _watch_of(
     )
     if built is not None and built.projection is not None:
         watch.projection = read_matrix(built.projection)
-    own = None if tokenizer is None else tokenizer_digest(tokenizer)
     for memory, source in zip(memories, sources, strict=True):
         where = place_of_memory(memory)
         if memory.layout.task != "classification" or memory.layout.n_outputs < watch.vocabulary:
@@ -954,12 +976,36 @@ def _watch_of(
         source.check(watch.source(source.data), where, data=False)
         if source.projection != (None if built is None else built.projection):
             raise FingerprintMismatch(f"the memory {where} has another projection of its keys than the first one")
-        if own is not None and source.tokenizer is not None and own != source.tokenizer:
-            raise FingerprintMismatch(
-                f"the memory {where} was built from tokens of another tokenizer, whose numbers mean other words; "
-                "use the tokenizer that it was built with, or build a new memory"
-            )
+        if tokenizer is not None:
+            _check_tokenizer(memory, tokenizer)
     return watch
+
+
+def _check_tokenizer(memory: Memory, tokenizer: Any) -> None:
+    built = None if memory.source is None else Source.from_dict(memory.source).tokenizer
+    if built is not None and built != tokenizer_digest(tokenizer):
+        raise FingerprintMismatch(
+            f"the memory {place_of_memory(memory)} was built from tokens of another tokenizer, whose numbers mean "
+            "other words; use the tokenizer that it was built with, or build a new memory"
+        )
+
+
+def _base_in(folder: Path, *, seq2seq: bool, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The base in a folder, from safetensors and by a class of transformers alone."""
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    try:
+        return auto.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **{"dtype": "auto", **options},
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        said = str(error).partition("\n")[0]
+        raise InvalidInput(
+            f"transformers cannot load {folder}: {said}; give the base itself: from_pretrained(folder, model)"
+        ) from error
 
 
 def _regressors(

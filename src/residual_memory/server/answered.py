@@ -129,3 +129,56 @@ class Working(BaseModel):
     """What is asked for is being worked out."""
 
     progress: float = Field(description="From 0 to 1.")
+
+
+class Likelihoods(BaseModel):
+    """Of each token of a text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="Null of the first token of all.")
+    top_logprobs: list[dict[str, float | None] | None] = Field(description="The likeliest tokens, and the one itself.")
+    text_offset: list[int] = Field(description="Where each begins, counted in characters from the prompt's beginning.")
+
+
+class Choice(BaseModel):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: Likelihoods | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Usage(BaseModel):
+    """Tokens that were read and made."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completed(BaseModel):
+    """Texts that go on; a stream has events of the same shape."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """What is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelCards(BaseModel):
+    """All that is served."""
+
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -17,10 +17,10 @@ try:
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
 
+    from residual_memory.examples import examples_for
     from residual_memory.server.access import HOSTS, Access, Scope
     from residual_memory.server.answering import answering
     from residual_memory.server.batching import Batcher
-    from residual_memory.server.examples import examples_for
     from residual_memory.server.explorer import LOGIN_PAGE, exploring
     from residual_memory.server.guard import Guard
     from residual_memory.server.inference_v2 import inferring

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from residual_memory.errors import InvalidInput, ResidualMemoryError, UnknownId
 from residual_memory.models.tokens import LOGIT_BYTES
-from residual_memory.server import asked
+from residual_memory.server import answered, asked
 from residual_memory.server.answering import as_json, body_of, needs
 from residual_memory.server.openapi import described
 from residual_memory.server.refusals import Overloaded, told
@@ -35,6 +35,7 @@ TOGETHER = 2  # requests that are worked on at a time: each takes a core
 WAITING = 16  # requests that wait for their turn; more are refused
 CONTEXT = 8  # tokens of the prompt with which the first new ones are read: some differ at the beginning of a text
 CACHES = {"cache", "past_key_values"}  # what newer and older transformers call it, coming and going
+EVENTS = "text/event-stream"
 GONE = 499  # the status that is noted of a client that did not wait
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -88,7 +89,7 @@ class Sampling:
     def __call__(self, logits: Tensor) -> int:
         if self.temperature < COLDEST:
             return int(logits.argmax())
-        shares = (logits / self.temperature).softmax(0)
+        shares = ((logits - logits.max()).double() / self.temperature).softmax(0)  # finite, however cold
         if self.top_p < 1:
             ordered, order = shares.sort(descending=True)
             kept = ordered.cumsum(0) - ordered < self.top_p
@@ -216,6 +217,7 @@ class Continuation:
         elif self._wanted.echo:
             yield Chunk(self._service.decoded(tokens))
         text = Text(self._service, tokens, len(self._service.decoded(tokens)), self._stops)
+        end: tuple[int, Tensor] | None = None
         for _ in range(limit):
             if n_read < len(tokens):
                 logits, past = self._logits(tokens[n_read if past else 0 :], past, 1)
@@ -224,7 +226,7 @@ class Continuation:
             token = self._choose(logits[-1])
             self.n_made += 1
             if token in self._service.ends:
-                self.finish = "stop"
+                self.finish, end = "stop", (token, logits[-1])
                 break
             yield text.add(self._said(token, text.end, logits[-1]))
             if text.stopped:
@@ -232,6 +234,8 @@ class Continuation:
                 break
             tokens.append(token)
         yield text.rest()
+        if end is not None:  # it has no text, but a probability
+            yield Chunk("", (self._said(end[0], text.end, end[1]),))
 
     def _logits(self, tokens: Sequence[int], past: dict[str, Any], n: int) -> tuple[Tensor, dict[str, Any]]:
         """Logits with the memory [n v] of the last n of these tokens, and the cache of a model that has one."""
@@ -310,7 +314,7 @@ class Answer:
                     if part.chunk != Chunk() or part.finish is not None:
                         yield _event({**self._head, "choices": [self._choice(part.index, part.chunk, part.finish)]})
             except ResidualMemoryError as error:
-                yield _event(told(error))
+                yield _event(told(error, "/v1/completions"))
                 return
             if self._wanted.stream_options is not None and self._wanted.stream_options.include_usage:
                 yield _event({**self._head, "choices": [], "usage": self._usage})
@@ -402,7 +406,7 @@ class EventStream(StreamingResponse):
     """Events of an answer; when the client leaves no more of it is made."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(events, media_type=EVENTS)
         self._events = events
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -425,16 +429,16 @@ def completing(service: TextService, name: str) -> APIRouter:
         if given != name:
             raise UnknownId(f"there is no model {given[:80]!r}; the one that is served is {name!r}")
 
-    @router.get("/models", **described("The model, with its memory."))
+    @router.get("/models", **described("The model, with its memory.", answer=answered.ModelCards))
     async def models(request: Request) -> Response:
         return as_json({"object": "list", "data": [card]})
 
-    @router.get("/models/{model}", **described("The model, with its memory."))
+    @router.get("/models/{model}", **described("The model, with its memory.", answer=answered.ModelCard))
     async def model(request: Request, model: str) -> Response:
         check(model)
         return as_json(card)
 
-    @router.post("/completions", **described("Text that goes on.", Completion, others=["text/event-stream"]))
+    @router.post("/completions", **described("Text that goes on.", Completion, answered.Completed, others=[EVENTS]))
     async def completions(request: Request) -> Response:
         needs(request, "predict")
         wanted = await body_of(request, Completion)

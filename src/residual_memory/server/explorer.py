@@ -16,16 +16,15 @@ from numpy import ndarray
 from starlette.concurrency import run_in_threadpool
 
 from residual_memory.errors import InvalidInput, UnknownId
-from residual_memory.memory import Snapshot
+from residual_memory.examples import Examples
 from residual_memory.metrics import binned_calibration
 from residual_memory.server import asked
 from residual_memory.server.answering import as_json, body_of, needs
 from residual_memory.server.atlas import Atlas, atlas
 from residual_memory.server.background import Background
-from residual_memory.server.examples import Examples
 from residual_memory.server.openapi import BYTES, described
 from residual_memory.server.service import ArrayService, Service
-from residual_memory.survey import Survey
+from residual_memory.surveying import Survey
 from residual_memory.validation import as_ids
 
 PAGE = files("residual_memory.server") / "page"
@@ -160,19 +159,13 @@ def pictured(service: Service, examples: Examples | None, text: str) -> bytes:
     rows = snapshot.rows_of(as_ids([name]))
     content = None
     if examples is not None and rows[0] >= 0:
-        example = examples.find(name, groups_of(snapshot, rows)[0])
+        example = examples.find(name, snapshot.groups(rows)[0])
         content = None if example is None else examples.picture(example)
     if content is None:
         raise UnknownId(
             f"there is no picture of row {text[:80]!r}; serve with the examples that the memory was built from"
         )
     return content
-
-
-def groups_of(snapshot: Snapshot, rows: Int64[ndarray, " b"]) -> list[Any]:
-    """The group of each row; None in a memory without groups."""
-    groups = snapshot.group_column
-    return [None] * len(rows) if groups is None else groups.take(rows).tolist()
 
 
 def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[dict[str, Any]]:
@@ -183,7 +176,7 @@ def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[d
     names, rows = names[rows >= 0], rows[rows >= 0]
     labels, missed = snapshot.targets(rows), snapshot.residual_sizes(rows)
     carried = snapshot.attributes(rows)
-    groups = groups_of(snapshot, rows)
+    groups = snapshot.groups(rows)
     classes = memory.layout.task == "classification"
     told = []
     for place, name in enumerate(names.tolist()):

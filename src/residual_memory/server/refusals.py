@@ -77,17 +77,15 @@ def status_of(error: ResidualMemoryError) -> int:
 
 
 def told(error: ResidualMemoryError, path: str = "/") -> dict[str, Any]:
-    """The body of a refusal: type, cause and remedy, as `resmem --json` says them, in the shape of OpenAI's errors.
+    """The body of a refusal: type, cause and remedy, as `resmem --json` says them.
 
-    Under /v2 it is what that protocol has.
+    Under /v2 it is what that protocol has; under /v1 it has the fields of OpenAI's errors too.
     """
     if path == "/v2" or path.startswith("/v2/"):
         return {"error": str(error)}
     cause, remedy = cause_and_remedy(error)
-    of_openai = {"param": None, "code": None}
-    return {
-        "error": {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy, **of_openai}
-    }
+    found = {"type": type(error).__name__, "message": str(error), "cause": cause, "remedy": remedy}
+    return {"error": {**found, "param": None, "code": None} if path.startswith("/v1/") else found}
 
 
 def refusal(

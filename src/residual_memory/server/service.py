@@ -17,7 +17,7 @@ from residual_memory.errors import DimensionMismatch, InvalidInput, UnknownId
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import class_label, explain, told_neighbors, told_outputs
 from residual_memory.memory import Memory
-from residual_memory.survey import Survey, survey
+from residual_memory.surveying import Survey, survey
 from residual_memory.validation import as_ids, as_keys, as_predictions, widened
 
 MAX_WEIGHT = 0.1  # of one row: the less a row may weigh, the less answers tell of who is in the memory

@@ -22,7 +22,7 @@ from residual_memory.models.vocabulary import top_m_of
 from residual_memory.server.service import Answer, Names, Order, Query, Service, excluded, first, own_rows
 from residual_memory.server.service import Seen as Observed
 from residual_memory.sparse import Recalled
-from residual_memory.survey import Survey
+from residual_memory.surveying import Survey
 from residual_memory.windows import Windows
 
 BEFORE, AFTER = 32, 8  # tokens that are shown around one

@@ -203,11 +203,10 @@ export class Explain {
     }
   }
 
-  async add(text) {
-    const label = this.info.task === "classification" ? text : JSON.parse(`[${text}]`);
+  async add(example) {
     try {
-      const { ids } = await post("/add", { ...this.query, labels: [label] });
-      toast(`Remembered as memory ${ids[0]}.`);
+      const { ids } = await post("/add", example);
+      toast(ids.length === 1 ? `Remembered as memory ${ids[0]}.` : `Remembered as ${ids.length.toLocaleString("en")} memories.`);
       this.changed();
       await this.refresh();
     } catch (error) {
@@ -237,7 +236,7 @@ export class Explain {
       h("div", { class: "verdict" }, seen, h("div", {}, verdict, about)),
       h("div", { class: "bars" }, told.outputs.map((output) => (classes ? this.bar(output) : this.value(output)))),
       classes ? h("div", { class: "legend" }, h("span", {}, h("i", { class: "stone" }), "base"), h("span", {}, h("i", { class: "rose" }), "with the memory")) : null,
-      this.info.writable && this.source.id === undefined && this.info.inputs?.kind !== "text" ? this.adding() : null,
+      this.info.writable && this.source.id === undefined ? this.adding() : null,
     );
   }
 
@@ -257,11 +256,21 @@ export class Explain {
     return h("div", { class: "name line number" }, h("span", { class: "soft" }, "output ", shown(name)), h("span", {}, `${figure(base)} → `, h("strong", {}, figure(corrected))));
   }
 
+  // Under its true label: a class, a value, or for a text how it goes on.
   adding() {
-    const names = this.info.class_names ?? [];
-    const list = names.length && names.length <= 2000 ? h("datalist", { id: "classes" }, names.map((name) => h("option", { value: name }))) : null;
-    const field = h("input", { placeholder: this.info.task === "classification" ? "its true label" : "its true value", list: list ? "classes" : null, "aria-label": "True label" });
-    const add = () => field.value.trim() && this.add(this.info.class_names ? field.value.trim() : Number(field.value));
+    const { info, source } = this;
+    const text = source.text !== undefined;
+    const asked = text ? "How it goes on" : info.task === "classification" ? "True label" : "True value";
+    const names = text ? [] : info.class_names ?? [];
+    const list = names.length ? h("datalist", { id: "classes" }, names.map((name) => h("option", { value: name }))) : null;
+    const field = h("input", { placeholder: asked.toLowerCase(), list: list ? "classes" : null, "aria-label": asked });
+    const example = (given) => {
+      if (text) return { inputs: [source.text + given] };
+      const named = info.task === "classification" && info.class_names;
+      const values = given.split(/[\s,;]+/).filter(Boolean).map(Number);
+      return { ...this.query, labels: [named ? given.trim() : info.task === "regression" ? values : values[0]] };
+    };
+    const add = () => field.value.trim() && this.add(example(field.value));
     field.addEventListener("keydown", (event) => event.key === "Enter" && (event.preventDefault(), add()));
     return h("div", {}, h("h3", {}, "Remember it"), h("div", { class: "line" }, field, list, h("button", { type: "button", onclick: add }, "Add")));
   }

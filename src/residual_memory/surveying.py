@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from numpy import ndarray
 
 from residual_memory.correction import ById, ResidualKNN
+from residual_memory.display import html_table
 from residual_memory.errors import InvalidInput
 from residual_memory.evaluation import Setting
 from residual_memory.validation import as_count
@@ -47,6 +48,16 @@ class Survey:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def _repr_html_(self) -> str:
+        put_wrong = (self.said == self.labels) & (self.corrected != self.labels)
+        told = {
+            "put right": self.put_right,
+            "put wrong": put_wrong,
+            "label in doubt": self.doubt > 0.5,
+        }
+        rows = [(name, f"{rows.sum():,}") for name, rows in told.items()]
+        return html_table(f"{len(self):,} rows of a memory, each asked without itself", rows, ("", "rows"))
 
     @property
     def gain(self) -> Float[ndarray, " s"]:
