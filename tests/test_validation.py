@@ -147,6 +147,7 @@ def test_classes_that_the_base_never_saw_get_probability_zero() -> None:
         ([0.0, NAN], "float64"),
         (["a", "b"], "integers"),
         (np.array([2**63, 0], np.uint64), "expected 0 to 2"),
+        ([0, [1]], "plain list"),
     ],
 )
 def test_labels_that_are_no_class_are_refused(labels: Any, said: str) -> None:

@@ -144,7 +144,10 @@ def as_labels(labels: ArrayLike, task: Task, n_outputs: int, n_rows: int) -> Sha
 
 def as_class_indices(labels: ArrayLike, n_outputs: int) -> Int64[ndarray, " b"]:
     """Class indices [b] in 0 … n_outputs − 1."""
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except ValueError as error:
+        raise InvalidInput(f"labels are no plain list of class indices: {error}") from None
     if array.ndim != 1:
         raise DimensionMismatch(f"labels have shape {array.shape}, expected one class index an example")
     if array.size and not np.issubdtype(array.dtype, np.integer):

@@ -129,6 +129,18 @@ def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -
     assert error_of(client.post("/predict", content=body)) == (422, "InvalidInput")
 
 
+def test_a_short_request_cannot_make_an_answer_of_any_length() -> None:
+    memory = Memory.create(dim=1, n_outputs=40_000)
+    memory.append([[0.0], [1.0]], [0, 39_999], [[1.0], [1.0]])
+    with TestClient(create_app(memory, token=TOKEN, setting=Setting(n_neighbors=1)), headers=BEARER) as client:
+        asked = {"keys": [[0.5]] * 101, "predictions": [[1.0]] * 101}
+        assert error_of(client.post("/predict", json=asked)) == (422, "InvalidInput")
+        shapes = [{"name": name, "shape": [101, 1], "datatype": "FP32", "data": asked[name]} for name in asked]
+        assert client.post("/v2/models/memory/infer", json={"inputs": shapes}).status_code == 422
+        assert error_of(client.post("/explain", json={"ids": [0] * 257})) == (422, "InvalidInput")
+        assert error_of(client.post("/rows", json={"ids": [0] * 1001})) == (422, "InvalidInput")
+
+
 def test_a_mistyped_class_is_met_with_a_question(client: TestClient) -> None:
     told = client.post("/add", json={**queries(1), "labels": ["asch"]}).json()["error"]
     assert told["remedy"] == "did you mean 'ash'?"

@@ -23,6 +23,7 @@ Body = TypeVar("Body", bound=asked.Asked)
 
 NAMES = 2_000  # of classes that are listed
 EXPLAINED = 256  # queries of a request for explanations, which are many numbers each
+NUMBERS = 4_000_000  # of an answer: a short request for a large vocabulary would make a very long one
 
 
 def answering(service: Service, batcher: Batcher[Query, Answer], observer: Observer, *, pictures: bool) -> APIRouter:
@@ -47,7 +48,7 @@ def answering(service: Service, batcher: Batcher[Query, Answer], observer: Obser
         body = await body_of(request, asked.Predict)
         if body.ids is not None:
             needs(request, "explain")  # already which ids there are tells who is in the memory
-        query = service.query(body.keys, body.predictions, body.inputs, body.ids)
+        query = answerable(service, service.query(body.keys, body.predictions, body.inputs, body.ids))
         answer = await batcher(query)
         return as_json({"version": service.memory.version, **predicted(service, answer, body.top)})
 
@@ -165,6 +166,19 @@ def needs(request: Request, scope: Scope) -> None:
     """
     if scope not in request.scope["state"]["scopes"]:
         raise Forbidden(f"the token is without the scope {scope!r}; ask with one that has it")
+
+
+def answerable(service: Service, query: Query) -> Query:
+    """Refuse more queries than there can be predictions in an answer.
+
+    Raises
+    ------
+    InvalidInput : if there are more.
+    """
+    most = max(1, NUMBERS // service.memory.layout.n_outputs)
+    if len(query) > most:
+        raise InvalidInput(f"the request has {len(query):,} queries, expected at most {most:,}; ask in parts")
+    return query
 
 
 def few(query: Query) -> Query:

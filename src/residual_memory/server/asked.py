@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Id = Annotated[int, Field(ge=0, le=2**63 - 1)] | Annotated[str, Field(min_length=1, max_length=1024)]
 Ids = Annotated[list[Id], Field(min_length=1, max_length=100_000)]
+Rows = Annotated[list[Id], Field(min_length=1, max_length=1000)]  # of which much is told
 
 
 class Asked(BaseModel):
@@ -24,7 +25,7 @@ class Queries(Asked):
         None, description="[q c], of the base: probabilities at temperature 1, or values."
     )
     inputs: list[Any] | None = Field(None, description="For the served model: arrays, or rows of a table.")
-    ids: Ids | None = Field(None, description="Rows of the memory, each asked without itself.")
+    ids: Rows | None = Field(None, description="Rows of the memory, each asked without itself.")
 
 
 class Predict(Queries):
@@ -84,4 +85,4 @@ class Forget(Asked):
 class Cards(Asked):
     """Rows to be shown."""
 
-    ids: Ids
+    ids: Rows

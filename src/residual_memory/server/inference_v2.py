@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from residual_memory._version import __version__
 from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.server import asked
-from residual_memory.server.answering import as_json, needs, read
+from residual_memory.server.answering import answerable, as_json, needs, read
 from residual_memory.server.batching import Batcher
 from residual_memory.server.openapi import BYTES, described
 from residual_memory.server.service import Answer, ArrayService, Query
@@ -186,7 +186,7 @@ def inferring(service: ArrayService, batcher: Batcher[Query, Answer], name: str)
             outputs = _outputs(wanted)
             if set(outputs) & set(NEIGHBORS):
                 needs(request, "explain")
-            query = service.query(**arrays)
+            query = answerable(service, service.query(**arrays))
             answer = await batcher(query)
             found: dict[str, ndarray] = {"corrected": answer.corrected, "base": answer.base}
             if set(outputs) & set(NEIGHBORS):
