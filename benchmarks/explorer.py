@@ -236,10 +236,10 @@ def pictured(
             page.evaluate("document.activeElement.blur()")
             for view in views:
                 open_view(page, view)
-                saved(page.screenshot(), PICTURES / f"{name}-{view}-{width}-{scheme}.png")
+                saved(page.screenshot(), PICTURES / f"{name}-{view}-{width}-{scheme}.webp")
 
 
 def saved(picture: bytes, path: Path) -> None:
-    """A picture in 256 colours, a third of the bytes."""
+    """A picture as WebP, at a fifth of the bytes of a PNG."""
     with Image.open(io.BytesIO(picture)) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").save(path, quality=90, method=6)
