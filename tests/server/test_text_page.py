@@ -76,3 +76,25 @@ def test_a_token_is_forgotten(visit: Visit, made: Library) -> None:
     visit.page.locator("#confirm").get_by_role("button", name="Forget").click()
     expect(visit.page.locator("#facts")).to_contain_text(f"{n - 1:,} memories")
     expect(visit.page.locator(f'#answer .card[data-id="{name}"]')).to_have_count(0)
+
+
+def test_a_text_is_asked_and_remembered_by_keyboard_and_mapped(visit: Visit, made: Library) -> None:
+    cards(visit)
+    visit.page.keyboard.press("/")
+    visit.page.keyboard.type("the owl")
+    visit.page.keyboard.press("Control+Enter")
+    expect(visit.page.locator("#answer .verdict")).to_contain_text("the owl…")
+    before, name = visit.page.inner_text("#answer .bars"), cards(visit).first.get_attribute("data-id")
+    cards(visit).first.focus()
+    visit.page.keyboard.press("x")
+    expect(visit.page.locator(f'.card.off[data-id="{name}"]')).to_be_visible()
+    assert visit.page.inner_text("#answer .bars") != before
+    n = len(made.memory)
+    visit.page.fill("[aria-label='How it goes on']", " saw a mouse")
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#toast")).to_contain_text("Remembered")
+    visit.page.select_option("[aria-label=Order]", "distance")
+    expect(cards(visit).first.locator(".label")).to_have_text("saw")
+    assert cards(visit).first.get_attribute("data-id") in [str(row) for row in made.memory.ids[n:]]
+    visit.page.get_by_role("tab", name="Map").click()
+    visit.page.wait_for_selector("canvas[role=img]", timeout=60_000)
