@@ -1,5 +1,6 @@
 """Slow, large and many: who sends so is refused or cut off, and the others are answered."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import residual_memory as rm
+from benchmarks.load import load, requests_of
 from residual_memory.memory import Memory
 from residual_memory.server import Limits, create_app
 from residual_memory.server.service import ArrayService
@@ -219,6 +221,13 @@ def test_under_overload_some_are_answered_and_the_others_told_when_to_come_again
         assert set(statuses) == {200, 503}
         assert all(headers["retry-after"] == "1" for status, headers in found if status == 503)
         assert ask(address)[0] == 200
+
+
+def test_as_many_clients_as_may_be_under_way_are_never_refused() -> None:
+    requests = requests_of([json.dumps(queries(1))], TOKEN)
+    with running(create_app(small_memory(), token=TOKEN, limits=Limits(in_flight=16))) as address:
+        waits = asyncio.run(load(address.port, 16, 1.0, 0.0, requests))
+    assert {status for _, _, status in waits} == {200}
 
 
 def test_more_rows_than_may_wait_are_refused_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,12 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _full(self) -> bool:
-        working = len(self.tasks) - len(self.uploading)
-        return working >= self.limits.in_flight or len(self.uploading) >= self.limits.uploads
+        """Whether as much is under way as may be; tasks that are done stay in `tasks` for a turn of the loop."""
+        most, uploading = self.limits.in_flight, len(self.uploading)
+        working = len(self.tasks) - uploading
+        if working >= most:
+            working = sum(not task.done() for task in self.tasks) - uploading
+        return working >= most or uploading >= self.limits.uploads
 
     def _wait(self, seconds: float) -> None:
         self._stop_waiting()
