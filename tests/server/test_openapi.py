@@ -11,6 +11,8 @@ from tests.server.conftest import TOKEN, small_memory
 from tests.server.fuzzing import app_of_arrays, app_of_text, fuzz
 
 
+# Threads of the server may use `random` while schemathesis draws a case; Hypothesis takes it for the strategy's doing.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("made", [app_of_arrays, app_of_text])
 def test_whatever_is_sent_the_server_answers_and_as_the_document_says(made: Callable[[], FastAPI]) -> None:
     statuses = fuzz(made(), 3)
