@@ -247,7 +247,7 @@ def test_an_engine_that_is_not_installed_says_how_to_install_it(
         build_index(parse_spec(spec), column(classification().keys), 0, 60)
 
 
-@pytest.mark.parametrize(("missing", "chosen"), [(set(), "faiss"), ({"faiss"}, "torch"), ({"faiss", "torch"}, "numpy")])
+@pytest.mark.parametrize(("missing", "chosen"), [(set(), "faiss"), ({"faiss"}, "numpy"), ({"faiss", "torch"}, "numpy")])
 def test_exact_search_takes_the_best_that_is_installed(
     missing: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

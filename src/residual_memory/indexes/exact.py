@@ -1,11 +1,11 @@
-"""Exact search: faiss where it is installed, torch on any device, numpy otherwise. All give the same answer."""
+"""Exact search by faiss, torch on any device, or numpy. All give the same answer."""
 
 import importlib.util
 import sys
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
 
 from residual_memory.errors import InvalidInput
@@ -13,9 +13,10 @@ from residual_memory.indexes.base import Candidates, Engine, Index, IndexSpec, P
 from residual_memory.indexes.distances import KeySource, squared_error
 from residual_memory.indexes.footprint import BuildTime, ExampleKeys, Footprint, extrapolated
 
-BACKENDS = ("faiss", "torch", "numpy")  # the first that is installed, where none is named
+BACKENDS = ("faiss", "torch", "numpy")
 KEYS_PER_BLOCK = 1 << 16
 QUERIES_PER_BLOCK = 1 << 8
+GROUP = 64  # keys of which the nearest is looked at first
 PROBE_BYTES = 64 << 20  # of keys that are indexed to tell how long more will take
 
 
@@ -35,7 +36,7 @@ class ExactEngine(Engine):
 
     def footprint(self, spec: IndexSpec, width: int, n_rows: int) -> Footprint:
         backend = spec.build or _best_backend()
-        ram = 0 if backend == "numpy" else 4 * n_rows * width
+        ram = 4 * n_rows * width
         return Footprint(ram, 0, 2 * ram if backend == "faiss" else ram)  # faiss's array is copied as it grows
 
     def build_time(self, spec: IndexSpec, width: int, n_rows: int) -> BuildTime:
@@ -58,11 +59,11 @@ class ExactEngine(Engine):
 
 
 def _best_backend() -> str:
-    """A GPU that torch already uses, else faiss, else torch, else numpy."""
+    """A GPU that torch already uses, else faiss where it is installed: the fastest for many queries at once."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return "torch"
-    return next(name for name in BACKENDS if importlib.util.find_spec(name) is not None)
+    return "numpy" if importlib.util.find_spec("faiss") is None else "faiss"
 
 
 def _torch_device() -> str:
@@ -200,26 +201,26 @@ class ExactTorch(Index):
 
 
 class ExactNumpy(Index):
-    """All distances by blocked matrix products in numpy; keys are read block by block and not copied."""
+    """All distances by blocked matrix products in numpy; it holds a float32 copy of the keys in RAM, transposed."""
 
     def __init__(self, keys: KeySource, first: int, n_rows: int) -> None:
         self.first, self.n_rows = first, n_rows
         self._centred = _Centred(keys, first, n_rows)
-        for _ in self._centred.blocks():
-            pass  # the largest norm is learned here
+        self._blocks = [np.ascontiguousarray(block.T) for block in self._centred.blocks()]
+        self._norms = [np.einsum("db,db->b", block, block) for block in self._blocks]
 
     def candidates(self, queries: Float[ndarray, "q d"], n_neighbors: int, usable: Usable | None = None) -> Candidates:
         centred = self._centred.queries(queries)
         k = min(n_neighbors, self.n_rows)
         squared, rows = np.full((len(centred), k), np.inf, np.float32), np.full((len(centred), k), -1, np.int64)
-        start = 0
-        for block in self._centred.blocks():
-            norms = np.einsum("bd,bd->b", block, block)
-            for begin in range(0, len(centred), QUERIES_PER_BLOCK):
-                some = slice(begin, begin + QUERIES_PER_BLOCK)
-                distances = norms - 2 * (centred[some] @ block.T)
-                squared[some], rows[some] = _smallest(squared[some], rows[some], distances, start)
-            start += len(block)
+        for begin in range(0, len(centred), QUERIES_PER_BLOCK):
+            some, start = slice(begin, begin + QUERIES_PER_BLOCK), 0
+            for block, norms in zip(self._blocks, self._norms, strict=True):
+                distances = centred[some] @ block
+                distances *= -2
+                distances += norms
+                _keep_smallest(squared[some], rows[some], distances, start)
+                start += len(norms)
         squared += np.einsum("qd,qd->q", centred, centred)[:, None]
         return _promise(rows, squared, self._centred.slack(centred), self.n_rows, self.first)
 
@@ -238,18 +239,28 @@ class ExactNumpy(Index):
         return "exact (numpy)"
 
 
-def _smallest(
-    squared: Float[ndarray, "q k"], rows: Int64[ndarray, "q k"], distances: Float[ndarray, "q b"], start: int
-) -> tuple[Float[ndarray, "q k"], Int64[ndarray, "q k"]]:
-    """The k smallest of those kept so far and of one more block."""
+def _keep_smallest(
+    squared: Float32[ndarray, "q k"], rows: Int64[ndarray, "q k"], distances: Float32[ndarray, "q b"], start: int
+) -> None:
+    """Put the k smallest of those kept so far and of one more block in their place."""
     k = squared.shape[1]
-    places = np.argpartition(distances, k - 1, axis=1)[:, :k] if k < distances.shape[1] else None
-    if places is None:
-        places = np.broadcast_to(np.arange(distances.shape[1]), distances.shape)
-    squared = np.concatenate([squared, np.take_along_axis(distances, places, 1)], axis=1)
-    rows = np.concatenate([rows, places + start], axis=1)
-    chosen = np.argpartition(squared, k - 1, axis=1)[:, :k]
-    return np.take_along_axis(squared, chosen, 1), np.take_along_axis(rows, chosen, 1)
+    for query, limit in enumerate(_limits(squared, distances)):
+        near = np.flatnonzero(~(distances[query] > limit))  # NaN, of keys beyond float32, is near: others measure it
+        if len(near):
+            values = np.concatenate([squared[query], distances[query, near]])
+            places = np.concatenate([rows[query], near + start])
+            chosen = np.argpartition(values, k - 1)[:k]
+            squared[query], rows[query] = values[chosen], places[chosen]
+
+
+def _limits(squared: Float32[ndarray, "q k"], distances: Float32[ndarray, "q b"]) -> Float32[ndarray, " q"]:
+    """What the k-th smallest of both does not exceed: the k-th smallest of the smallest in each group of a block."""
+    k, n_groups = squared.shape[1], distances.shape[1] // GROUP
+    known = squared.max(axis=1)
+    if n_groups < k:
+        return known
+    groups = distances[:, : n_groups * GROUP].reshape(len(distances), n_groups, GROUP).min(axis=2)
+    return np.minimum(known, np.partition(groups, k - 1, axis=1)[:, k - 1])
 
 
 def _device_named(name: str) -> Any:

@@ -1,6 +1,8 @@
 """Running an application on uvicorn, with deadlines for slow clients and a cheap refusal under overload."""
 
 import asyncio
+import gc
+import os
 import signal
 import socket
 import sys
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import uvicorn
+from threadpoolctl import threadpool_limits
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from residual_memory.errors import InvalidInput
@@ -195,6 +198,9 @@ def serve(
         if announce is not None:
             announce(f"http://{name}:{waiting.getsockname()[1]}")
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.collect()
+        gc.freeze()  # what is there for good need not be looked through while clients wait
+        threadpool_limits(max(1, (os.cpu_count() or 1) - 1), user_api="blas")  # one core is for the requests
         server = uvicorn.Server(configured(app, app.state.limits))
         with _stopped_by_signals(server):
             server.run(sockets=[waiting])
