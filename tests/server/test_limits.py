@@ -15,6 +15,7 @@ import residual_memory as rm
 from benchmarks.load import load, requests_of
 from residual_memory.memory import Memory
 from residual_memory.server import Limits, create_app
+from residual_memory.server.running import REFUSAL_SECONDS
 from residual_memory.server.service import ArrayService
 from tests.server.conftest import BEARER, TOKEN, Address, queries, running, small_memory
 
@@ -221,6 +222,25 @@ def test_under_overload_some_are_answered_and_the_others_told_when_to_come_again
         assert set(statuses) == {200, 503}
         assert all(headers["retry-after"] == "1" for status, headers in found if status == 503)
         assert ask(address)[0] == 200
+
+
+def test_requests_behind_one_that_is_refused_are_refused_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none before its time: who is refused at once asks again at once."""
+    monkeypatch.setattr(ArrayService, "answers", slowed(0.4))
+    (request,) = requests_of([json.dumps(queries(1))], TOKEN)
+    with running(create_app(small_memory(), token=TOKEN, limits=Limits(in_flight=1))) as address:
+        with address.connect() as first, address.connect() as second:
+            first.sendall(request)
+            time.sleep(0.1)
+            began = time.monotonic()
+            second.sendall(3 * request)
+            answer = b""
+            while answer.count(b"HTTP/1.1 503") < 3:
+                answer += second.recv(4096)
+            assert time.monotonic() - began >= REFUSAL_SECONDS
+            assert first.recv(4096).startswith(b"HTTP/1.1 200")
+            second.sendall(request)
+            assert second.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_as_many_clients_as_may_be_under_way_are_never_refused() -> None:

@@ -19,6 +19,9 @@ from residual_memory.errors import InvalidInput
 from residual_memory.server.limits import Limits
 
 _ALWAYS = (b"/health", b"/metrics", b"/v2/health")  # answered under overload too: it is no reason to be restarted
+REFUSAL_SECONDS = (
+    0.1  # after which a client is refused: at once, it would ask again at once, and refusing takes time too
+)
 SWITCH_SECONDS = 0.001  # a search that comes back waits so long for Python's lock, by default five times as long
 
 
@@ -46,6 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._unused_bytes = 0  # of headers, of chunks' extensions, of trailers: all that is no body
         self._refused = False
+        self._to_refuse = 0  # requests that are refused when their time has come, and those behind them with them
         self._busy = _short("503 Service Unavailable", f"retry-after: {self.limits.retry_seconds}", close=False)
 
     def connection_made(self, transport: Any) -> None:
@@ -80,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers, self._unused_bytes = False, 0
         self._wait(self.limits.body_seconds)
         idle = not self._answering()
-        if idle and self._full() and not self.url.startswith(_ALWAYS):
+        if self._to_refuse or (idle and self._full() and not self.url.startswith(_ALWAYS)):
             self._refused = True
             return
         super().on_headers_complete()
@@ -99,9 +103,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._refused:
             super().on_message_complete()
             return
-        self.transport.write(self._busy)
         self._unset_keepalive_if_required()
+        if not self._to_refuse:
+            self.loop.call_later(REFUSAL_SECONDS, self._refuse)
+        self._to_refuse += 1
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _refuse(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(self._busy * self._to_refuse)
+        self._to_refuse = 0
 
     def on_response_complete(self) -> None:
         self.uploading.discard(self)
