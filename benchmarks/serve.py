@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import residual_memory as rm
 from experiments.results_file import stamped
@@ -26,6 +27,7 @@ CONNECTIONS, SECONDS, TURNS = 32, 10.0, 3
 TOKEN = "a-token-of-the-benchmark"
 LIMITS = Limits()
 SLOW_HEADERS, SLOW_BODIES = 300, 100
+FEW, SEARCHES = 16, 50  # queries at a time, and how often
 GOAL_RATE, GOAL_P99, GOAL_RATIO = 600.0, 0.060, 4.0
 
 Row = dict[str, Any]
@@ -42,7 +44,7 @@ def run(*, quick: bool = False) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder)
-        rows = [*measured(folder, seconds, 1 if quick else TURNS), *harmed(folder)]
+        rows = [searched(folder), *measured(folder, seconds, 1 if quick else TURNS), *harmed(folder)]
     for row in rows:
         print(json.dumps(row))
     if not quick:
@@ -66,6 +68,34 @@ def make(folder: Path) -> None:
     bodies = [json.dumps({"keys": [q.tolist()], "predictions": [p.tolist()]}) for q, p in zip(asked, base, strict=True)]
     (folder / "bodies.json").write_text(json.dumps(bodies))
     (folder / "token").write_text(f"{TOKEN}\n")
+
+
+# ---------------------------------------------------------------------- search alone
+
+
+def searched(folder: Path) -> Row:
+    """A few queries at a time on one thread, by numpy as the server does and by faiss."""
+    import faiss
+
+    memory = rm.Memory.open(folder / "memory")
+    queries = np.random.default_rng(1).normal(size=(FEW, DIM)).astype(np.float32)
+    seconds: dict[str, list[float]] = {"numpy": [], "faiss": []}
+    faiss.omp_set_num_threads(1)
+    with threadpool_limits(1):
+        knns = {name: rm.ResidualKNN(memory, n_neighbors=50, bandwidth=2.0, index=f"exact:{name}") for name in seconds}
+        for name in (*seconds, *(list(seconds) * SEARCHES)):
+            began = time.perf_counter()
+            knns[name].neighbors(queries)
+            seconds[name].append(time.perf_counter() - began)
+    mine, other = (float(np.median(seconds[name])) for name in seconds)
+    return {
+        "setting": f"exact search, {FEW} queries at a time, {N:,} x {DIM}, k = 50, one thread",
+        "ratio": mine / other,
+        "against": "faiss Flat",
+        "ours": mine,
+        "theirs": other,
+        "unit": "seconds",
+    }
 
 
 # ---------------------------------------------------------------------- load
