@@ -38,6 +38,7 @@ N_NEIGHBORS = (5, 10, 20, 50, 100)
 KRIGING_NEIGHBORS = (100, 200)
 ROSES, LOST = 12, 6
 ROSE_NEIGHBORS = 5
+SERVED = (("model", "network"), ("data", "images"))  # options of `resmem serve`, and what they name
 LARGEST_SHARE = 0.5  # of the memories shown; above it a few near-duplicates make the correction
 FAMOUS = (("rose", "poppy"), ("cup", "plate"), ("squirrel", "rabbit"))  # the paper's own: true class, base's answer
 
@@ -167,6 +168,9 @@ class DemoResult:
             lines.append(f"{row.name:<12}{cells[0]:>15}{cells[1]:>17}{cells[2]:>17}{'+' + cells[3]:>17}")
         lines += ["", *(f"{row.name}: {row.evaluation.verdict}" for row in self.rows)]
         lines += [f"memory of '{row.name}' keys: {row.memory}" for row in self.rows if row.memory]
+        if memories := [row.memory for row in self.rows if row.memory]:
+            options = [f"--{name} residual_memory.demo.served:{what}" for name, what in SERVED]
+            lines += ["look at it:", " \\\n  ".join(["resmem serve", str(memories[-1]), *options])]
         if self.report:
             lines.append(f"report: {self.report}")
         return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
