@@ -1,5 +1,6 @@
 """The page in a real browser: Debian's Chromium, driven by playwright."""
 
+import io
 import re
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from residual_memory.memory import Memory
 from residual_memory.server import create_app
@@ -273,3 +275,34 @@ def test_a_server_that_stops_is_said_in_words(browser: Any) -> None:
     visit.page.wait_for_selector("#answer .error")
     assert "does not answer" in visit.page.inner_text("#answer .error")
     visit.page.close()
+
+
+def test_an_image_is_uploaded_explained_and_remembered(browser: Any) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from residual_memory.models.torch import build_memory
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5))
+    images, labels = zip(*(Images()[row] for row in range(300)), strict=True)
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    memory = build_memory(network, dataset, None, verbose=False)
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 30), (200, 40, 40)).save(picture, "PNG")
+    with running(create_app(memory, network, token=TOKEN, examples=Images())) as address:
+        visit = Visit(browser, address)
+        cards(visit)
+        visit.page.get_by_role("radio", name="An image").click()
+        image = {"name": "red.png", "mimeType": "image/png", "buffer": picture.getvalue()}
+        visit.page.set_input_files(".inputs input[type=file]", image)
+        expect(visit.page.get_by_alt_text("the image that was asked about")).to_be_visible()
+        before = visit.page.inner_text("#answer .bars")
+        visit.page.fill("[aria-label='True label']", "3")
+        visit.page.get_by_role("button", name="Add", exact=True).click()
+        expect(visit.page.locator("#facts")).to_contain_text("301 memories")
+        visit.page.select_option("[aria-label=Order]", "distance")
+        expect(visit.page.locator('#answer .card[data-id="300"]')).to_be_visible()
+        assert visit.page.inner_text("#answer .bars") != before
+        visit.page.set_input_files(".inputs input[type=file]", {**image, "buffer": b"no picture"})
+        expect(visit.page.locator("#answer .error")).to_contain_text("no image that can be read")
+        visit.said[:] = [line for line in visit.said if "status of 422" not in line]
+        visit.close()
