@@ -258,14 +258,6 @@ def test_an_empty_memory_says_so(browser: Any) -> None:
         visit.close()
 
 
-def test_first_paint_takes_less_than_a_second(browser: Any, address: Address) -> None:
-    visit = Visit(browser, address)
-    cards(visit)
-    painted = visit.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert 0 < painted < 1000
-    visit.close()
-
-
 def test_a_server_that_stops_is_said_in_words(browser: Any) -> None:
     with running(create_app(hostile_memory(), token=TOKEN)) as address:
         visit = Visit(browser, address)
