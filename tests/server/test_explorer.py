@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,29 @@ def test_the_map_holds_every_row_once_with_what_the_base_missed(client: TestClie
     np.testing.assert_allclose((columns["residual"] - 1.0) / 254, missed, atol=0.003)
     assert head["ranges"]["residual"] == [0, 1]
     assert columns["x"].max() > 30_000
+
+
+def test_a_map_from_before_a_compaction_is_laid_out_again(tmp_path: Path) -> None:
+    with small_memory(tmp_path / "memory") as writer:
+        app = create_app(Memory.open(tmp_path / "memory"), token=TOKEN)
+        with TestClient(app, headers=BEARER) as client:
+            patiently(client, "/map")
+            writer.forget(list(range(200)))
+            writer.compact()
+            app.state.service.refresh()
+            assert client.get("/map").status_code == 202
+            _, columns = unpacked(patiently(client, "/map").content)
+    assert sorted(columns["id"].tolist()) == list(range(200, 300))
+
+
+@pytest.mark.parametrize("keys", [np.zeros((40, 3)), np.arange(40.0)[:, None], np.full((3, 2), 1e15)])
+def test_keys_without_a_shape_have_a_map_all_the_same(keys: np.ndarray) -> None:
+    memory = Memory.create(dim=keys.shape[1], n_outputs=2, key_dtype="float64")
+    memory.append(keys, np.zeros(len(keys), int), np.full((len(keys), 2), 0.5))
+    memory.save_setting({"n_neighbors": 2})
+    with TestClient(create_app(memory, token=TOKEN), headers=BEARER) as client:
+        head, _ = unpacked(patiently(client, "/map").content)
+    assert head["n"] == len(keys)
 
 
 def test_near_rows_lie_near_each_other_on_the_map() -> None:
@@ -145,7 +169,7 @@ def test_pictures_are_png_files(memory: Memory, image: Any) -> None:
         assert answer.headers["content-type"] == "image/png"
         with Image.open(io.BytesIO(answer.content)) as shown:
             assert (shown.width * 8, min(shown.size) >= 64) == (shown.height * 6, True)
-        for name in ("999", "-1", "oak", "1" * 40, "../../etc/passwd"):
+        for name in ("999", "-1", "oak", "9" * 19, "1" * 40, "../../etc/passwd"):
             assert client.get("/picture", params={"id": name}).status_code == 404
 
 

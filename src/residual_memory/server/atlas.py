@@ -27,11 +27,13 @@ class Atlas:
 
     Attributes
     ----------
+    generation : of the snapshot, in which the row numbers hold.
     rows : of the snapshot, ascending.
     places : from 0 to 1 in both directions.
     method : how landmarks were laid out.
     """
 
+    generation: int
     rows: Int64[ndarray, " p"]
     places: Float32[ndarray, "p 2"]
     method: str
@@ -44,7 +46,7 @@ def atlas(snapshot: Snapshot, *, n_points: int = POINTS, progress: Callable[[flo
     if len(rows) > n_points:
         rows = np.sort(random.choice(rows, n_points, replace=False))
     if len(rows) < 3:
-        return Atlas(rows, np.full((len(rows), 2), 0.5, np.float32), "none")
+        return Atlas(snapshot.generation, rows, np.full((len(rows), 2), 0.5, np.float32), "none")
     chosen = np.sort(random.choice(rows, min(LANDMARKS, len(rows)), replace=False))
     keys = np.ascontiguousarray(snapshot.keys.take(chosen), np.float32)
     laid, method = _laid_out(keys)
@@ -63,7 +65,7 @@ def atlas(snapshot: Snapshot, *, n_points: int = POINTS, progress: Callable[[flo
         if progress is not None:
             progress((start + len(here)) / len(rows))
     low, high = places.min(axis=0), places.max(axis=0)
-    return Atlas(rows, (places - low) / np.maximum(high - low, 1e-9).max(), method)
+    return Atlas(snapshot.generation, rows, (places - low) / np.maximum(high - low, 1e-9).max(), method)
 
 
 def _room(laid: Float[ndarray, "l 2"]) -> Float[ndarray, " l"]:

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from residual_memory.errors import InvalidInput, UnknownId
 from residual_memory.examples import Examples
+from residual_memory.memory import Snapshot
 from residual_memory.metrics import binned_calibration
 from residual_memory.server import asked
 from residual_memory.server.answering import as_json, body_of, needs
@@ -103,10 +104,10 @@ def exploring(service: Service, examples: Examples | None) -> APIRouter:
     @router.get("/map", **described("A place in the plane for each row.", media=BYTES, later=True))
     async def map_of_rows(request: Request) -> Response:
         needs(request, "explain")
-        laid, found = laid_out.get(), surveyed.get()
-        if laid is None:
+        laid, found, snapshot = laid_out.get(), surveyed.get(), memory.snapshot
+        if laid is None or laid.generation != snapshot.generation:  # rows have other numbers since a compaction
             return working(laid_out.progress)
-        return Response(await run_in_threadpool(packed_map, service, laid, found), media_type=BYTES)
+        return Response(await run_in_threadpool(packed_map, snapshot, laid, found), media_type=BYTES)
 
     @router.get("/survey", **described("Reliability, roses and doubtful labels.", later=True))
     async def survey_of_rows(request: Request) -> Response:
@@ -143,7 +144,7 @@ def named(service: Service, text: str) -> int | str:
     """
     if service.memory.snapshot.manifest.id_kind == "string":
         return text
-    if not text.isascii() or not text.isdigit() or len(text) > 19:
+    if not text.isascii() or not text.isdigit() or len(text) > 19 or int(text) > np.iinfo(np.int64).max:
         raise UnknownId(f"the memory does not hold id {text[:80]!r}; its ids are numbers")
     return int(text)
 
@@ -199,13 +200,13 @@ def cards(service: Service, examples: Examples | None, ids: list[Any]) -> list[d
     return told
 
 
-def packed_map(service: Service, laid: Atlas, found: Survey | None) -> bytes:
+def packed_map(snapshot: Snapshot, laid: Atlas, found: Survey | None) -> bytes:
     """The map in bytes: the length of a header, the header as JSON, then a column after the other, little-endian.
 
     Columns are places as uint16, labels as int32, residuals and gains as uint8, and ids as int64 where they are
     numbers; other ids are in the header.
     """
-    memory, snapshot = service.memory, service.memory.snapshot
+    classes = snapshot.layout.task == "classification"
     kept = snapshot.alive[laid.rows]
     rows, places = laid.rows[kept], laid.places[kept]
     ids = snapshot.id_column.take(rows)
@@ -214,10 +215,10 @@ def packed_map(service: Service, laid: Atlas, found: Survey | None) -> bytes:
         ("y", np.rint(65535 * places[:, 1]).astype("<u2")),
     ]
     ranges: dict[str, list[float]] = {}
-    if memory.layout.task == "classification":
+    if classes:
         columns.append(("label", snapshot.targets(rows).astype("<i4")))
     missed = snapshot.residual_sizes(rows)
-    largest = 1.0 if memory.layout.task == "classification" or not len(rows) else float(np.quantile(missed, 0.99))
+    largest = 1.0 if classes or not len(rows) else float(np.quantile(missed, 0.99))
     columns.append(("residual", scaled("residual", missed, ranges, 0.0, largest)))
     if found is not None:
         gain = np.full(len(rows), np.nan)
@@ -225,7 +226,7 @@ def packed_map(service: Service, laid: Atlas, found: Survey | None) -> bytes:
         known = np.array([places_of.get(name, -1) for name in ids.tolist()], np.int64)
         gain[known >= 0] = found.gain[known[known >= 0]]
         columns.append(("gain", scaled("gain", gain, ranges, -2.0, 2.0)))
-    header: dict[str, Any] = {"n": len(rows), "rows": len(memory), "method": laid.method, "ranges": ranges}
+    header: dict[str, Any] = {"n": len(rows), "rows": len(snapshot), "method": laid.method, "ranges": ranges}
     if ids.dtype.kind == "U":
         header["ids"] = ids.tolist()
     else:
