@@ -13,7 +13,8 @@ import shutil
 import statistics
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from transformers import PreTrainedTokenizerFast
 
 import residual_memory as rm
@@ -87,10 +88,12 @@ def run() -> None:
             with running(images) as address:
                 rows.append(painted(browser, address, "CIFAR-100"))
                 pictured(browser, address, "explorer", SHOWN, row=ROSE)
+                rows.append(driven(browser, address, "CIFAR-100", with_image))
         if text := text_app(folder):
             with running(text) as address:
                 rows.append(painted(browser, address, "text"))
                 pictured(browser, address, "explorer-text", dict.fromkeys(SHOWN, ("explain",)), text=SAID)
+                rows.append(driven(browser, address, "text", with_text))
         browser.close()
     head = stamped("explorer", "python -m benchmarks explorer", "CIFAR-100, enwiki text, made-up keys")
     RESULTS.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
@@ -205,6 +208,78 @@ def moved(browser: Browser, address: str) -> Row:
         "slowest_of_20": statistics.quantiles(frames, n=20)[-1],
         "laid_out_seconds": laid_out,
     }
+
+
+def driven(browser: Browser, address: str, what: str, remember: Callable[[Page], None]) -> Row:
+    """Everything that the page can do, by keyboard and mouse; `visited` raises if it says or asks what it should not."""
+    began = time.monotonic()
+    with visited(browser, address, viewport={"width": 1280, "height": 860}) as page:
+        page.get_by_role("radio", name="A memory").click()
+        page.fill("#row", "5")
+        page.keyboard.press("Enter")
+        expect(page.locator("#answer .verdict")).to_contain_text("asked without itself")
+        first = page.locator("#answer .card").first
+        name, before = first.get_attribute("data-id"), page.inner_text("#answer .bars")
+        card = page.locator(f'#answer .card[data-id="{name}"]')
+        first.focus()
+        page.keyboard.press("x")
+        expect(page.locator(f'.card.off[data-id="{name}"]')).to_be_visible()
+        expect(page.locator("#answer .bars")).not_to_have_text(before, use_inner_text=True)
+        card.focus()
+        page.keyboard.press("x")
+        expect(page.locator(".card.off")).to_have_count(0)
+        expect(page.locator("#answer .bars")).to_have_text(before, use_inner_text=True)
+        card.focus()
+        page.keyboard.press("f")
+        page.locator("#confirm").get_by_role("button", name="Forget").click()
+        expect(page.locator("#toast")).to_contain_text("Forgotten")
+        expect(card).to_have_count(0)
+        page.locator("#answer .card").first.focus()
+        page.keyboard.press("e")
+        expect(page.locator("#row")).not_to_have_value("5")
+        remember(page)
+        expect(page.locator("#toast")).to_contain_text("Remembered")
+        open_view(page, "map")
+        box = page.locator("#view-map canvas[role=img]").bounding_box()
+        assert box is not None
+        page.get_by_role("button", name="Lasso").click()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x + 100, y)
+        page.mouse.down()
+        for turn in np.linspace(0, 2 * np.pi, 24):
+            page.mouse.move(x + 100 * np.cos(turn), y + 100 * np.sin(turn))
+        page.mouse.up()
+        expect(page.locator(".side h2")).to_contain_text("memories")
+    return {
+        "setting": f"driven, {what}",
+        "ratio": 0.0,
+        "against": "none allowed",
+        "ours": 0,
+        "theirs": 0,
+        "unit": "messages on the console and requests off the host",
+        "acts": ["ask by id", "off and on", "forget", "explain another", "add", "map", "lasso"],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def with_image(page: Page) -> None:
+    """Upload an image, and remember it under a label."""
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), (190, 30, 60)).save(picture, "PNG")
+    page.get_by_role("radio", name="An image").click()
+    image: Any = {"name": "red.png", "mimeType": "image/png", "buffer": picture.getvalue()}
+    page.set_input_files(".inputs input[type=file]", files=[image])
+    page.fill("[aria-label='True label']", "sweet_pepper")
+    page.keyboard.press("Enter")
+
+
+def with_text(page: Page) -> None:
+    """Ask about a text, and remember how it goes on."""
+    page.get_by_role("radio", name="Text").click()
+    page.fill(".inputs textarea", SAID)
+    page.keyboard.press("Control+Enter")
+    page.fill("[aria-label='How it goes on']", " Korea won the race")
+    page.keyboard.press("Enter")
 
 
 def open_view(page: Page, name: str) -> None:

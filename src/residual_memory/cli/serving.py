@@ -24,7 +24,7 @@ from residual_memory.cli.options import (
 from residual_memory.cli.output import note
 from residual_memory.cli.text import TextReading, autocast_named, encoded, load_language_model, load_tokenizer
 from residual_memory.errors import InvalidInput, MemoryLocked
-from residual_memory.indexes.registry import check_index
+from residual_memory.indexes.registry import check_index, for_few_queries
 from residual_memory.memory import Memory
 from residual_memory.models.base import Source
 from residual_memory.windows import TextFile
@@ -141,7 +141,12 @@ def _language_model(
     from residual_memory.models.transformers import ResMemForCausalLM
 
     lm = ResMemForCausalLM(
-        model, memory, tokenizer=tokenizer, autocast=text.precision, index=index, max_weight=max_weight
+        model,
+        memory,
+        tokenizer=tokenizer,
+        autocast=text.precision,
+        index=for_few_queries(index, len(memory)),
+        max_weight=max_weight,
     )
     return {"model": lm, "tokenizer": tokenizer, "text": None if file is None else encoded(file, tokenizer)}
 

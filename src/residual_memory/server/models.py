@@ -8,6 +8,7 @@ import numpy as np
 from numpy import ndarray
 
 from residual_memory.errors import FingerprintMismatch, InvalidInput
+from residual_memory.indexes.registry import for_few_queries
 from residual_memory.memory import Memory
 from residual_memory.server.service import MAX_WEIGHT, ArrayService, Model, Seen, Service
 
@@ -29,6 +30,7 @@ def service_for(
     InvalidInput : if the model is of no kind that is known, or an option is not for it.
     FingerprintMismatch : if the memory was built with another model.
     """
+    index = for_few_queries(index, len(memory))
     kinds = {kind.__module__.split(".")[0] for kind in type(model).__mro__}
     if "transformers" in kinds or type(model).__name__ == "ResMemForCausalLM":
         from residual_memory.server.text_service import text_service

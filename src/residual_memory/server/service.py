@@ -16,12 +16,10 @@ from residual_memory.correction import ById
 from residual_memory.errors import DimensionMismatch, InvalidInput, UnknownId
 from residual_memory.evaluation import Setting
 from residual_memory.explanation import class_label, explain, told_neighbors, told_outputs
-from residual_memory.indexes.registry import AUTO, EXACT_UP_TO
 from residual_memory.memory import Memory
 from residual_memory.surveying import Survey, survey
 from residual_memory.validation import as_ids, as_keys, as_predictions, widened
 
-FEW_QUERIES = "exact:numpy"  # the fastest for the queries of a few clients at once: benchmarks/results/serve.json
 MAX_WEIGHT = 0.1  # of one row: the less a row may weigh, the less answers tell of who is in the memory
 
 Names = Sequence[int | str]
@@ -221,8 +219,6 @@ class ArrayService(Service):
         super().__init__(memory)
         self.model = model
         self.setting = setting or Setting.from_dict(memory.setting or {})
-        if index == AUTO and len(memory) <= EXACT_UP_TO:
-            index = FEW_QUERIES
         self.knn = self.setting.knn(memory, index=index, max_weight=max_weight)
 
     def query(
