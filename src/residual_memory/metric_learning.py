@@ -160,7 +160,9 @@ class _Weighed:
 
     def distances(self, parameters: Float[ndarray, " p"]) -> Float[ndarray, "q k"]:
         weights = np.diag(self.metric(parameters)) ** 2
-        return np.sqrt((self._squares @ weights.astype(np.float32)).astype(np.float64)).reshape(self._shape)
+        with np.errstate(invalid="ignore"):  # a BLAS may raise the flag for what it reads beyond a small table
+            squared = self._squares @ weights.astype(np.float32)
+        return np.sqrt(squared.astype(np.float64)).reshape(self._shape)
 
     def slope(
         self, parameters: Float[ndarray, " p"], along: Float[ndarray, "q k"], distances: Float[ndarray, "q k"]

@@ -216,7 +216,8 @@ class ExactNumpy(Index):
         for begin in range(0, len(centred), QUERIES_PER_BLOCK):
             some, start = slice(begin, begin + QUERIES_PER_BLOCK), 0
             for block, norms in zip(self._blocks, self._norms, strict=True):
-                distances = centred[some] @ block
+                with np.errstate(invalid="ignore"):  # a BLAS may raise the flag for what it reads beyond a small table
+                    distances = centred[some] @ block
                 distances *= -2
                 distances += norms
                 _keep_smallest(squared[some], rows[some], distances, start)
